@@ -1,0 +1,1 @@
+"""nexa: one trainer for people who study and run LLM pre-training."""

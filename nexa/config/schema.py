@@ -1,0 +1,317 @@
+"""Every configuration key, its type, its default and its meaning.
+
+Pure dataclasses: importable without Hydra, torch or any other library. YAML files under `conf/` only set
+values; a key that is not here does not exist. The string below a field is its documentation, which
+`nexa config` prints. Types understood by the loader: bool, int, float, str, `X | None`, `list[X]`,
+`Literal[...]`, nested dataclasses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Placement = Literal[
+    "pre",
+    "post",
+    "mix",
+    "peri",
+    "hybrid",
+    "hybrid_star",
+    "lns",
+    "deepnorm",
+    "sandwich",
+    "dssn",
+    "reordered",
+    "normformer",
+]
+NormKind = Literal["rmsnorm", "layernorm"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass
+class ModelConfig:
+    """A LLaMA-style decoder; names as in Hugging Face `LlamaConfig`."""
+
+    vocab_size: int = 32000
+    """Rows of the embedding; at least the tokenizer's size."""
+    hidden_size: int = 512
+    """Width d of the residual stream."""
+    intermediate_size: int = 1368
+    """Width f of the SwiGLU feed-forward."""
+    num_hidden_layers: int = 12
+    """Number of blocks L."""
+    num_attention_heads: int = 8
+    """Query heads h."""
+    num_key_value_heads: int | None = None
+    """Key and value heads g (grouped-query attention); null is one per query head."""
+    head_dim: int | None = None
+    """Head size d_h; null is hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 1024
+    """Longest sequence the model is declared for."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of every norm unless `norm.eps` is set."""
+    tie_word_embeddings: bool = False
+    """Share the embedding with the output head."""
+    initializer: Literal["normal", "scaled", "llama_depth", "small_init", "tiny_init", "full_megatron", "xavier"] = (
+        "normal"
+    )
+    """Initialisation rule of the matrices: a row of nexa/model/init.py."""
+    initializer_range: float = 0.02
+    """Standard deviation of the `normal` and `scaled` rules."""
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    """Attention kernel: `auto` takes flash-attn where it is installed and a GPU is used, else PyTorch SDPA."""
+
+
+@dataclass
+class NormConfig:
+    """Where normalisation goes and what it computes."""
+
+    placement: Placement = "pre"
+    """Which sites of a block carry a norm: a row of nexa/model/placement.py."""
+    kind: NormKind = "rmsnorm"
+    """What every norm computes (query, key and value norms are always RMSNorm)."""
+    eps: float | None = None
+    """Epsilon of every norm; null is `model.rms_norm_eps`."""
+    mix_alpha: float = 0.25
+    """`mix`: share of the blocks, from the first, that are Post-LN (rounded down)."""
+    mix_post_layers: int | None = None
+    """`mix`: number of Post-LN blocks; wins over mix_alpha when given."""
+    qk: Literal["none", "rms", "rms_full", "cosine"] = "none"
+    """Norm of queries and keys: per head, over the full width, or cosine attention."""
+    embedding: bool = False
+    """Normalise the embedding's output."""
+    final: bool | None = None
+    """Norm before the head; null is false for `deepnorm`, true for all others."""
+    deepnorm_alpha: float | None = None
+    """`deepnorm`: weight of the skip path; null is (2L)^(1/4)."""
+    residual_gain: bool = False
+    """`normformer`: learnable gain on the skip path of the feed-forward."""
+
+
+@dataclass
+class MixtureSource:
+    """One source of a mixture."""
+
+    path: str = ""
+    """Packed store: its directory, or the prefix of a Megatron `.bin`/`.idx` pair."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other weights."""
+    replay: bool = False
+    """Old data replayed in its original order from its own cursor."""
+
+
+@dataclass
+class DataConfig:
+    """Tokens in."""
+
+    source: str | list[MixtureSource] = "embedded"
+    """`embedded` (text every Python installation carries), a packed store, or a list of {path, weight, replay}."""
+    tokenizer: str | None = None
+    """tokenizer.json or its directory, `bytes`, or null for the one inside the store."""
+    tokenizer_vocab_size: int | None = None
+    """`embedded`: size of the BPE vocabulary trained on it; null is min(model.vocab_size, 2048)."""
+    sequence_length: int = 256
+    """Target tokens of one sequence."""
+    document_mask: bool = False
+    """Attention stays inside a document, and no token is predicted across a boundary."""
+    cache_dir: str | None = None
+    """Where the embedded corpus is packed; null is ~/.cache/nexa."""
+    prefetch: int = 2
+    """Steps of batches read ahead by a background thread; 0 reads in the loop."""
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at once, in which arithmetic."""
+
+    steps: int | None = None
+    """Optimizer steps; give this or `tokens`."""
+    tokens: int | None = None
+    """Target tokens over all ranks; steps = ceil(tokens / (global_batch_size * sequence_length))."""
+    stop_at: int | None = None
+    """Stop after this step without changing the schedule."""
+    global_batch_size: int = 64
+    """Sequences of one optimizer step over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences of one forward pass on one rank."""
+    seed: int = 0
+    """Seed of weights and data order."""
+    precision: Precision = "fp32"
+    """Arithmetic of forward and backward; master weights and moments are always fp32."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 is off."""
+    compile: bool = False
+    """torch.compile of each block."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """Recompute each block in the backward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto is cuda when there is one."""
+    loss_chunk_tokens: int = 4096
+    """Tokens whose logits exist at once; smaller needs less memory."""
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer."""
+
+    name: Literal["adamw"] = "adamw"
+    """Update rule."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the matrices; norms, biases, scalars and embeddings have none unless asked."""
+    decay_embeddings: bool = False
+    """Decay the embedding and an untied head too."""
+    decay_norms: bool = False
+    """Decay norm gains and other vectors too."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over steps: a pure function of the step."""
+
+    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "infinite"] = "cosine"
+    """Shape after warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; step s < warmup_steps has lr * (s + 1) / warmup_steps."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate over peak."""
+    decay_fraction: float = 0.2
+    """`wsd`, `infinite`: share of all steps that the final decay takes."""
+    decay_shape: Literal["linear", "cosine", "sqrt", "exponential"] = "linear"
+    """`wsd`: shape of the final decay."""
+    cooldown_fraction: float = 0.6
+    """`infinite`: share of all steps, after warm-up, in which the rate cools to the constant one."""
+    cooldown_shape: Literal["cosine", "inverse_sqrt"] = "cosine"
+    """`infinite`: shape of the cool-down."""
+    constant_lr_ratio: float = 0.55
+    """`infinite`: constant learning rate over peak."""
+
+
+@dataclass
+class ParallelConfig:
+    """Sharding over ranks."""
+
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights."""
+    tensor: int = 1
+    """Ranks that share one copy of each layer (tensor parallelism)."""
+    sequence: bool = False
+    """Shard the residual stream over the tensor-parallel ranks."""
+    timeout_seconds: int = 600
+    """A collective that takes longer ends the run."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving."""
+
+    every: int = 500
+    """Steps between checkpoints; 0 is off."""
+    keep_last: int = 2
+    """Newest checkpoints that stay; 0 keeps all."""
+    permanent_every: int = 0
+    """Checkpoints at multiples of this step are never removed; 0 is off."""
+    asynchronous: bool = True
+    """Write files in the background while training goes on."""
+    at_end: bool = True
+    """Save after the last step."""
+    on_interrupt: bool = True
+    """Save when stopped by SIGTERM, SIGUSR1 or Ctrl-C."""
+
+
+@dataclass
+class ResumeConfig:
+    """Going on from a checkpoint."""
+
+    mode: Literal["auto", "continue", "weights_only", "new_schedule", "none"] = "auto"
+    """auto: newest checkpoint of the run directory, if any; continue: the checkpoint at `path`; weights_only: its
+    weights with a fresh optimizer at step 0; new_schedule: weights, moments and data position, schedule from step 0;
+    none: start afresh, refused when the run directory already has checkpoints."""
+    path: str | None = None
+    """A checkpoint directory, or a run directory for its newest checkpoint."""
+
+
+@dataclass
+class EvalConfig:
+    """Validation loss."""
+
+    every: int = 0
+    """Steps between evaluations; 0 is off."""
+    batches: int = 8
+    """Size of the validation set in global batches, the same sequences each time; 0 is the whole split."""
+    sources: list[str] | None = None
+    """Packed stores to evaluate on; null is the validation split of every training source."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+
+
+@dataclass
+class LogConfig:
+    """What a run tells."""
+
+    every: int = 10
+    """Steps between rows of metrics.jsonl and console lines."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; online falls back to offline when there is no key or network."""
+    wandb_project: str = "nexa"
+    """Weights & Biases project."""
+    wandb_entity: str | None = None
+    """Weights & Biases entity; null is the user's default."""
+    tensorboard: bool = False
+    """Write TensorBoard files to <run.dir>/tensorboard."""
+    plot: bool = False
+    """Draw figures/loss.png at the end."""
+    sample_tokens: int = 0
+    """Length of the text sample at the end; 0 is off."""
+    sample_prompt: str = "def "
+    """Prompt of the text sample."""
+
+
+@dataclass
+class RunConfig:
+    """The run folder."""
+
+    name: str = "default"
+    """Name of the run."""
+    dir: str = "runs/default"
+    """Folder of everything the run writes."""
+
+
+@dataclass
+class Config:
+    """One run, whole."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    norm: NormConfig = field(default_factory=NormConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole schedule."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.tokens is not None
+        per_step = self.train.global_batch_size * self.data.sequence_length
+        return -(-self.train.tokens // per_step)
+
+    @property
+    def norm_eps(self) -> float:
+        """Epsilon of every norm: `norm.eps`, else `model.rms_norm_eps`."""
+        return self.model.rms_norm_eps if self.norm.eps is None else self.norm.eps

@@ -1,0 +1,138 @@
+"""Causal self-attention with grouped queries, rotary positions and the optional norms inside it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nexa.config.schema import ModelConfig, NormConfig
+from nexa.model.norms import FullWidthRMSNorm, RMSNorm
+from nexa.model.placement import BlockPlan
+from nexa.model.rope import apply_rope
+
+COSINE_MIN_LENGTH = 1e-12
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What all blocks of one forward pass share.
+
+    cos, sin: rotary tables [T, head_dim] fp32. mask: None for plain causal attention, else bool
+    [B, 1, T, T], True where a query may look. cumulative: None, or int32 [documents + 1], the
+    boundaries of documents in the flattened batch, for the variable-length kernel.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None = None
+    cumulative: Tensor | None = None
+
+
+def flash_status() -> tuple[bool, str]:
+    """Whether flash-attn can be used here, and why (not)."""
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    if importlib.util.find_spec("flash_attn") is None:
+        return False, "package flash-attn is not installed (extra: nexa[gpu])"
+    return True, "flash-attn is installed"
+
+
+def document_boundaries(document_ids: Tensor) -> Tensor:
+    """Offsets at which documents begin in the flattened [B, T] batch, with B*T at the end; int32.
+
+    A row always begins a document: rows do not see one another.
+    """
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    offsets = starts.flatten().nonzero().flatten()
+    return torch.cat((offsets, offsets.new_tensor([document_ids.numel()]))).to(torch.int32)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Causal attention inside documents: bool [B, 1, T, T] from ids [B, T]."""
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    length = document_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    return (same & causal)[:, None]
+
+
+class SelfAttention(nn.Module):
+    """o(softmax(q k^T * scale) v); norms and scales as `plan` and `norm.qk` say, all before rotation."""
+
+    def __init__(self, model: ModelConfig, norm: NormConfig, plan: BlockPlan, eps: float) -> None:
+        super().__init__()
+        self.heads = model.num_attention_heads
+        self.kv_heads = model.num_key_value_heads or model.num_attention_heads
+        self.head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+        self.flash = model.attention != "sdpa" and flash_status()[0]
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(model.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(model.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(model.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, model.hidden_size, bias=False)
+        heads_with_norm = plan.head_norms + (("q", "k") if norm.qk == "rms" else ())
+        self.q_norm = RMSNorm(self.head_dim, eps) if "q" in heads_with_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps) if "k" in heads_with_norm else None
+        self.v_norm = RMSNorm(self.head_dim, eps) if "v" in heads_with_norm else None
+        if norm.qk == "rms_full":
+            self.q_norm = FullWidthRMSNorm(width, eps)
+            self.k_norm = FullWidthRMSNorm(kv_width, eps)
+        longest = model.max_position_embeddings
+        self.qk_scale = (
+            # Henry et al. 2020, equation 4: log2(L^2 - L) for the longest usual sequence L
+            nn.Parameter(torch.tensor([math.log2(max(longest**2 - longest, 2))])) if norm.qk == "cosine" else None
+        )
+        self.head_scale = nn.Parameter(torch.ones(self.heads)) if plan.head_scale else None
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """[B, T, d] -> [B, T, d]."""
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.heads, self.head_dim)
+        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.v_norm is not None:
+            v = self.v_norm(v)
+        scale = self.head_dim**-0.5
+        if self.qk_scale is not None:
+            q = F.normalize(q, dim=-1, eps=COSINE_MIN_LENGTH) * self.qk_scale
+            k = F.normalize(k, dim=-1, eps=COSINE_MIN_LENGTH)
+            scale = 1.0
+        q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
+        y = self._attend(q, k, v, scale, context)
+        if self.head_scale is not None:
+            y = y * self.head_scale[:, None]
+        return self.o_proj(y.reshape(batch, length, self.heads * self.head_dim))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, context: AttentionContext) -> Tensor:
+        """[B, T, heads, head_dim] each -> [B, T, heads, head_dim]."""
+        if self.flash and q.dtype in {torch.bfloat16, torch.float16}:
+            return _flash(q, k, v, scale, context)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=context.mask,
+            is_causal=context.mask is None,
+            scale=scale,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return y.transpose(1, 2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, context: AttentionContext) -> Tensor:
+    """flash-attn 2; documents through its variable-length entry. Needs a GPU: not covered on CPU."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    if context.cumulative is None:
+        return flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+    offsets, longest = context.cumulative, q.shape[1]
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    y = flash_attn_varlen_func(*flat, offsets, offsets, longest, longest, softmax_scale=scale, causal=True)
+    return y.view_as(q)

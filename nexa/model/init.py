@@ -1,0 +1,154 @@
+"""Initial weights: every parameter is drawn from its own generator, seeded by (seed, name).
+
+So the same seed gives the same model in every layout and whatever order it is built in; a growing or
+partly built model keeps the weights of the blocks it shares with another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nexa.config.schema import ModelConfig, NormConfig
+from nexa.model.placement import PLACEMENTS, block_plans
+
+_ROLES = {
+    "embed_tokens": "embed",
+    "lm_head": "head",
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+_OUTPUTS = frozenset({"o", "down"})
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix to initialise: its role, its block (0 for embedding and head) and its shape, out x in."""
+
+    role: str
+    index: int
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A normal distribution of mean 0, cut at +-3 standard deviations when `truncated`."""
+
+    std: float
+    truncated: bool = False
+
+
+def _normal(matrix: Matrix, model: ModelConfig) -> Draw:
+    return Draw(model.initializer_range)
+
+
+def _scaled(matrix: Matrix, model: ModelConfig) -> Draw:
+    """GPT-2 and Megatron: output projections divided by sqrt(2L)."""
+    depth = math.sqrt(2 * model.num_hidden_layers) if matrix.role in _OUTPUTS else 1.0
+    return Draw(model.initializer_range / depth)
+
+
+def _llama_depth(matrix: Matrix, model: ModelConfig) -> Draw:
+    """OLMo-core `llama_depth`: output matrices by sqrt(2(i+1)), embeddings N(0, 1), head 1/sqrt(d)."""
+    if matrix.role == "embed":
+        return Draw(1.0)
+    if matrix.role == "head":
+        return Draw(model.hidden_size**-0.5, truncated=True)
+    depth = math.sqrt(2 * (matrix.index + 1)) if matrix.role in {"o", "up", "down"} else 1.0
+    return Draw(0.02 / depth, truncated=True)
+
+
+def _small_init(matrix: Matrix, model: ModelConfig) -> Draw:
+    """gpt-neox small_init with wang_init outputs: sqrt(2/(5d)), outputs 2/(L sqrt d)."""
+    if matrix.role in _OUTPUTS:
+        return Draw(2 / (model.num_hidden_layers * math.sqrt(model.hidden_size)))
+    return Draw(math.sqrt(2 / (5 * model.hidden_size)))
+
+
+def _tiny_init(matrix: Matrix, model: ModelConfig) -> Draw:
+    """Pangu Ultra TinyInit: sqrt(1/(2dL)), embeddings 0.5."""
+    if matrix.role == "embed":
+        return Draw(0.5)
+    return Draw(math.sqrt(1 / (2 * model.hidden_size * model.num_hidden_layers)))
+
+
+def _full_megatron(matrix: Matrix, model: ModelConfig) -> Draw:
+    """HybridNorm: sqrt(2/(5d)) cut at 3 sigma, outputs by sqrt(2L), untied head 1/sqrt(d)."""
+    if matrix.role == "head":
+        return Draw(model.hidden_size**-0.5, truncated=True)
+    depth = math.sqrt(2 * model.num_hidden_layers) if matrix.role in _OUTPUTS else 1.0
+    return Draw(math.sqrt(2 / (5 * model.hidden_size)) / depth, truncated=True)
+
+
+def _xavier(matrix: Matrix, model: ModelConfig) -> Draw:
+    """Glorot normal, as in the DeepNorm paper; embeddings and head keep `initializer_range`."""
+    if matrix.role in {"embed", "head"}:
+        return Draw(model.initializer_range)
+    return Draw(math.sqrt(2 / (matrix.out_features + matrix.in_features)))
+
+
+RULES: dict[str, Callable[[Matrix, ModelConfig], Draw]] = {
+    "normal": _normal,
+    "scaled": _scaled,
+    "llama_depth": _llama_depth,
+    "small_init": _small_init,
+    "tiny_init": _tiny_init,
+    "full_megatron": _full_megatron,
+    "xavier": _xavier,
+}
+
+
+def role_of(name: str) -> str | None:
+    """Role of a parameter from its checkpoint name; None for norms, scales and gains."""
+    parts = name.split(".")
+    return _ROLES.get(parts[-2]) if parts[-1] == "weight" else None
+
+
+def layer_index(name: str) -> int | None:
+    """Block number in a checkpoint name, None outside blocks."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] else None
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the parameter's name only."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def draw(name: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig, seed: int) -> Tensor | None:
+    """Initial fp32 values of matrix `name`, on the CPU; None for a parameter whose constructor sets it."""
+    role = role_of(name)
+    if role is None:
+        return None
+    rule = RULES[model.initializer](Matrix(role, layer_index(name) or 0, *shape), model)
+    std = rule.std * PLACEMENTS[norm.placement].matrix_gain(role, model.num_hidden_layers)
+    values, generator = torch.empty(shape), generator_for(seed, name)
+    if rule.truncated:
+        return nn.init.trunc_normal_(values, 0.0, std, -3 * std, 3 * std, generator=generator)
+    return values.normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(decoder: nn.Module, model: ModelConfig, norm: NormConfig, seed: int) -> None:
+    """Fill `decoder` in place: matrices by `model.initializer` and the placement's gain, norms by the plan."""
+    for name, parameter in decoder.named_parameters():
+        values = draw(name, tuple(parameter.shape), model, norm, seed)
+        if values is not None:
+            parameter.copy_(values)
+    parameters = dict(decoder.named_parameters())
+    for index, plan in enumerate(block_plans(norm, model.num_hidden_layers)):
+        for site, sublayer in (("attn_norm", plan.attn), ("mlp_norm", plan.mlp)):
+            if sublayer.output:
+                parameters[f"model.layers.{index}.{site}.output.weight"].fill_(sublayer.output_gain)

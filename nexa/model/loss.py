@@ -1,0 +1,82 @@
+"""Cross-entropy of a linear head in chunks of tokens: the full logits never exist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+def nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log p(label) over scored tokens, and its gradient by the logits.
+
+    logits [N, V] in any dtype, labels [N] int64 with IGNORED where nothing is scored. The sum is fp32
+    (fp64 for fp64 logits); the gradient has the logits' dtype.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    scored = labels != IGNORED
+    target = labels.clamp_min(0)[:, None]
+    log_partition = wide.logsumexp(-1, keepdim=True)
+    nll = ((log_partition - wide.gather(-1, target))[:, 0] * scored).sum()
+    gradient = (wide - log_partition).exp()
+    gradient = gradient.scatter_add(-1, target, gradient.new_full(target.shape, -1.0))
+    return nll, (gradient * scored[:, None]).to(logits.dtype)
+
+
+def _nll(logits: Tensor, labels: Tensor) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.nn.functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass, chunk by chunk, so that no chunk's logits outlive it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *args: object) -> Tensor:
+        """(hidden [N, d], weight [V, d], labels [N], chunk) -> sum of the losses, scalar."""
+        hidden, weight, labels, chunk = args
+        assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
+        assert isinstance(labels, Tensor) and isinstance(chunk, int)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad: Tensor | None = None
+        for start in range(0, hidden.shape[0], chunk):
+            part = hidden[start : start + chunk]
+            nll, gradient = nll_and_gradient(part @ weight.t(), labels[start : start + chunk])
+            total += nll
+            hidden_grad[start : start + chunk] = gradient @ weight
+            product = gradient.t() @ part
+            if weight_grad is None:
+                # one chunk needs no wider accumulator: the product is already rounded to the weight's dtype
+                weight_grad = product if hidden.shape[0] <= chunk else product.to(wide)
+            else:
+                weight_grad += product
+        assert weight_grad is not None
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Scale the stored gradients by the gradient of the sum."""
+        hidden_grad, weight_grad = ctx.saved_tensors  # type: ignore[attr-defined]
+        (scale,) = grads
+        return hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale).to(hidden_grad.dtype), None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """Sum over scored tokens of the cross-entropy of softmax(hidden @ weight^T), a scalar.
+
+    hidden [N, d], weight [V, d], labels [N] (IGNORED: not scored). At most `chunk` x V logits exist at
+    once. Divide by the number of scored tokens of the whole global batch for the mean.
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        result = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)
+        assert isinstance(result, Tensor)
+        return result
+    parts = [
+        _nll(hidden[start : start + chunk] @ weight.t(), labels[start : start + chunk])
+        for start in range(0, hidden.shape[0], chunk)
+    ]
+    return torch.stack(parts).sum()

@@ -1,0 +1,25 @@
+"""Rotary position embedding in Hugging Face's half-split order (Su et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, [T, head_dim] fp32, for `positions` [T].
+
+    Made anew for each forward pass (T x head_dim is nothing beside a layer): a stored buffer would be
+    rounded when the model is cast to bf16, and angles at position 1000 would be off by radians.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angle = torch.outer(positions.float(), theta**-exponent)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `x` [B, T, heads, head_dim] by the tables [T, head_dim]; dtype of `x` kept."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
