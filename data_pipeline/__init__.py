@@ -1,0 +1,1 @@
+"""Corpus -> tokens -> packed store -> mixture -> batches. Knows neither the training loop nor DeepSpeed."""

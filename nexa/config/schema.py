@@ -166,9 +166,9 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled decay of the matrices; norms, biases, scalars and embeddings have none unless asked."""
+    """Decoupled decay of the matrices and an untied head; norms, scalars and the embedding have none unless asked."""
     decay_embeddings: bool = False
-    """Decay the embedding and an untied head too."""
+    """Decay the embedding, and so a tied head, too."""
     decay_norms: bool = False
     """Decay norm gains and other vectors too."""
 

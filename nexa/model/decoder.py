@@ -49,11 +49,13 @@ class DecoderStack(nn.Module):
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """input_ids [B, T] int64, document_ids [B, T] or None -> hidden states [B, T, d]."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        cos, sin = rope_tables(positions, self.head_dim, self.rope_theta)
         x = self.embed_tokens(input_ids)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        context = self._context(cos.to(_rope_dtype(x)), sin.to(_rope_dtype(x)), document_ids)
+        # angles stay fp32 for half-precision activations: the rotation rounds once, at its end
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rope_tables(positions, self.head_dim, self.rope_theta, wide)
+        context = self._context(cos, sin, document_ids)
         for block in self.layers:
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)
@@ -69,11 +71,6 @@ class DecoderStack(nn.Module):
         if first.self_attn.flash:
             return AttentionContext(cos, sin, cumulative=document_boundaries(document_ids))
         return AttentionContext(cos, sin, mask=document_mask(document_ids))
-
-
-def _rope_dtype(x: Tensor) -> torch.dtype:
-    """Angles stay fp32 for half-precision activations: the rotation rounds once, at its end."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 class Decoder(nn.Module):

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, [T, head_dim] fp32, for `positions` [T].
+def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [T, head_dim] of `dtype` (fp32, or fp64 for an fp64 model), for `positions` [T].
 
     Made anew for each forward pass (T x head_dim is nothing beside a layer): a stored buffer would be
     rounded when the model is cast to bf16, and angles at position 1000 would be off by radians.
     """
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angle = torch.outer(positions.float(), theta**-exponent)
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
+    angle = torch.outer(positions.to(dtype), theta**-exponent)
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
 

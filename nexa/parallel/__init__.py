@@ -1,0 +1,1 @@
+"""Processes, groups and the ZeRO engine: the only place that imports DeepSpeed."""

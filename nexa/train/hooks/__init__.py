@@ -1,0 +1,34 @@
+"""What is attached to the loop, chosen by the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nexa.config.schema import Config
+from nexa.train.data import ValidationSet
+from nexa.train.hook import Hook
+from nexa.train.hooks.checkpointing import CheckpointHook
+from nexa.train.hooks.console import ConsoleHook
+from nexa.train.hooks.evaluation import EvaluationHook
+from nexa.train.hooks.figures import PlotHook
+from nexa.train.hooks.metrics import MetricsHook
+from nexa.train.hooks.sample import SampleHook
+from nexa.train.hooks.trackers import TensorBoardHook, WandbHook
+
+
+def build_hooks(cfg: Config, validation: list[ValidationSet], checkpoint: CheckpointHook) -> list[Hook]:
+    """In calling order: measure, write the row, show it, save, and at the end picture and sample."""
+    run_dir = Path(cfg.run.dir)
+    optional = (
+        (cfg.log.wandb != "off", WandbHook),
+        (cfg.log.tensorboard, TensorBoardHook),
+    )
+    at_end = ((cfg.log.plot, PlotHook), (cfg.log.sample_tokens > 0, SampleHook))
+    return [
+        EvaluationHook(cfg.eval, validation),
+        MetricsHook(run_dir / "metrics.jsonl"),
+        *(hook(run_dir) for wanted, hook in optional if wanted),
+        ConsoleHook(),
+        checkpoint,
+        *(hook(run_dir) for wanted, hook in at_end if wanted),
+    ]

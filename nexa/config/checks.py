@@ -1,0 +1,396 @@
+"""Rules between keys. Each is one small function; all of them are reported together.
+
+A problem reads `key=value: why; which key to change to what`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nexa.config.fields import shorten
+from nexa.config.limits import outside, value_of
+from nexa.config.schema import Config
+
+Rule = Callable[[Config, int | None], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rule and the keys it reads; it is skipped when one of them is already known to be wrong."""
+
+    keys: tuple[str, ...]
+    rule: Rule
+
+
+CHECKS: list[Check] = []
+
+
+def _reads(*keys: str) -> Callable[[Rule], Rule]:
+    """Register a rule with the keys that it reads."""
+
+    def register(rule: Rule) -> Rule:
+        CHECKS.append(Check(keys, rule))
+        return rule
+
+    return register
+
+
+def check(cfg: Config, world_size: int | None = None) -> list[str]:
+    """All problems of a well-typed configuration: values outside their limits and broken rules between keys.
+
+    `world_size` is the number of processes; null leaves the rules that need it to a weaker form.
+    Nothing is raised; an empty list is a valid configuration.
+    """
+    return problems(cfg, world_size, set())
+
+
+def problems(cfg: Config, world_size: int | None, bad: set[str]) -> list[str]:
+    """`check` that leaves out what depends on the keys in `bad`."""
+    bad = set(bad)
+    found = []
+    for name, problem in outside(cfg):
+        if name not in bad:
+            found.append(problem)
+            bad.add(name)
+    for each in CHECKS:
+        if bad.isdisjoint(each.keys):
+            found.extend(each.rule(cfg, world_size))
+    if not found and not bad:
+        found.extend(_gpu_present(cfg))
+    return found
+
+
+def _set(cfg: Config, *names: str) -> str:
+    """`a=1, b=2` for messages."""
+    return ", ".join(f"{name}={shorten(value_of(cfg, name))}" for name in names)
+
+
+def _multiples(value: int, divisor: int) -> str:
+    """The multiples of `divisor` around `value`: `48 or 64`."""
+    below = value // divisor * divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)
+
+
+# Length of the run ------------------------------------------------------------------------------
+
+
+@_reads("train.steps", "train.tokens")
+def _one_length(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.train.steps is None and cfg.train.tokens is None:
+        yield (
+            "train.steps=null, train.tokens=null: nothing says how long to train; give one of them, or an experiment "
+            "such as +exp=quickstart"
+        )
+    if cfg.train.steps is not None and cfg.train.tokens is not None:
+        yield (
+            f"{_set(cfg, 'train.steps', 'train.tokens')}: both say how long to train; set train.steps=null to count "
+            "tokens, or train.tokens=null to count steps"
+        )
+
+
+def _steps(cfg: Config) -> int | None:
+    """Steps of the schedule, None when `_one_length` has already complained."""
+    return None if (cfg.train.steps is None) == (cfg.train.tokens is None) else cfg.total_steps
+
+
+_LENGTH = ("train.steps", "train.tokens", "train.global_batch_size", "data.sequence_length")
+
+
+@_reads("train.stop_at", *_LENGTH)
+def _stop_inside(cfg: Config, world_size: int | None) -> Iterator[str]:
+    steps = _steps(cfg)
+    if steps is not None and cfg.train.stop_at is not None and cfg.train.stop_at > steps:
+        yield f"train.stop_at={cfg.train.stop_at}: after the last of {steps} steps; at most {steps}, or null"
+
+
+@_reads("schedule.name", "schedule.warmup_steps", "schedule.decay_fraction", "schedule.cooldown_fraction", *_LENGTH)
+def _schedule_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
+    steps, schedule = _steps(cfg), cfg.schedule
+    if steps is None:
+        return
+    if schedule.warmup_steps > steps:
+        yield (
+            f"schedule.warmup_steps={schedule.warmup_steps}: longer than the whole run of {steps} steps; "
+            f"at most {steps} (a tenth is usual: {steps // 10})"
+        )
+        return
+    parts = {"wsd": ("decay_fraction",), "infinite": ("cooldown_fraction", "decay_fraction")}.get(schedule.name, ())
+    needed = sum(math.floor(getattr(schedule, part) * steps) for part in parts)
+    if schedule.warmup_steps + needed > steps:
+        keys = ", ".join(f"schedule.{part}={getattr(schedule, part)}" for part in parts)
+        yield (
+            f"schedule.warmup_steps={schedule.warmup_steps}, {keys}: warm-up and the {needed} steps of these shares "
+            f"are more than the run's {steps}; lower the warm-up to at most {max(0, steps - needed)}, or the shares"
+        )
+
+
+@_reads("schedule.name", "schedule.decay_shape", "schedule.min_lr_ratio", "schedule.constant_lr_ratio")
+def _schedule_floor(cfg: Config, world_size: int | None) -> Iterator[str]:
+    schedule = cfg.schedule
+    exponential = schedule.name == "infinite" or (schedule.name == "wsd" and schedule.decay_shape == "exponential")
+    if exponential and schedule.min_lr_ratio == 0:
+        other = " or schedule.decay_shape=linear" if schedule.name == "wsd" else ""
+        yield f"schedule.min_lr_ratio=0.0: an exponential decay never reaches 0; set schedule.min_lr_ratio=0.01{other}"
+    if schedule.name == "infinite" and schedule.constant_lr_ratio < schedule.min_lr_ratio:
+        yield (
+            f"{_set(cfg, 'schedule.constant_lr_ratio', 'schedule.min_lr_ratio')}: the constant rate is below the final "
+            f"one; set schedule.min_lr_ratio={schedule.constant_lr_ratio} or less"
+        )
+
+
+# Shape of the model -----------------------------------------------------------------------------
+
+
+@_reads("model.hidden_size", "model.num_attention_heads", "model.head_dim")
+def _head_size(cfg: Config, world_size: int | None) -> Iterator[str]:
+    model = cfg.model
+    if model.head_dim is not None:
+        if model.head_dim % 2:
+            yield f"model.head_dim={model.head_dim}: rotary embedding pairs coordinates; must be even"
+        return
+    size, heads = model.hidden_size, model.num_attention_heads
+    shown = _set(cfg, "model.hidden_size", "model.num_attention_heads")
+    if size % heads:
+        fitting = _multiples(size, heads)
+        yield f"{shown}: heads must divide the width; set model.hidden_size={fitting}, or model.head_dim"
+    elif size // heads % 2:
+        yield f"{shown}: the head size {size // heads} must be even for rotary embedding; change one of them"
+
+
+@_reads("model.num_attention_heads", "model.num_key_value_heads")
+def _kv_heads(cfg: Config, world_size: int | None) -> Iterator[str]:
+    heads, groups = cfg.model.num_attention_heads, cfg.model.num_key_value_heads
+    if groups is not None and heads % groups:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        yield f"model.num_key_value_heads={groups}: must divide model.num_attention_heads={heads}: one of {fitting}"
+
+
+@_reads("data.sequence_length", "model.max_position_embeddings")
+def _positions(cfg: Config, world_size: int | None) -> Iterator[str]:
+    length, positions = cfg.data.sequence_length, cfg.model.max_position_embeddings
+    if length > positions:
+        yield (
+            f"data.sequence_length={length}: longer than model.max_position_embeddings={positions}; "
+            f"set model.max_position_embeddings={length} or data.sequence_length={positions}"
+        )
+
+
+@_reads("model.attention", "train.device", "train.precision")
+def _flash(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.model.attention == "flash" and cfg.train.device == "cpu":
+        yield "model.attention=flash: flash-attn needs a GPU, train.device=cpu; set model.attention=sdpa"
+    elif cfg.model.attention == "flash" and cfg.train.precision == "fp32":
+        yield (
+            "model.attention=flash: flash-attn computes in bf16 and fp16 only, train.precision=fp32; "
+            "set train.precision=bf16 or model.attention=sdpa"
+        )
+
+
+# Norms ------------------------------------------------------------------------------------------
+
+
+@_reads("norm.placement", "norm.mix_post_layers", "model.num_hidden_layers")
+def _mix_layers(cfg: Config, world_size: int | None) -> Iterator[str]:
+    layers, post = cfg.model.num_hidden_layers, cfg.norm.mix_post_layers
+    if post is not None and not 0 <= post <= layers:
+        yield f"norm.mix_post_layers={post}: must be in 0..{layers} (model.num_hidden_layers={layers})"
+    elif post is not None and cfg.norm.placement != "mix":
+        yield f"norm.mix_post_layers={post}: only norm.placement=mix has it, not {cfg.norm.placement}; set it to null"
+
+
+@_reads("norm.placement", "norm.qk")
+def _qk_once(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.norm.qk != "none" and cfg.norm.placement in ("hybrid", "hybrid_star"):
+        yield (
+            f"norm.qk={cfg.norm.qk}: norm.placement={cfg.norm.placement} already normalises queries, keys and values; "
+            "set norm.qk=none"
+        )
+
+
+@_reads("norm.placement", "norm.residual_gain", "norm.deepnorm_alpha")
+def _placement_own(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.norm.residual_gain and cfg.norm.placement != "normformer":
+        yield (
+            f"norm.residual_gain=true: only norm.placement=normformer has it, not {cfg.norm.placement}; "
+            "set norm.residual_gain=false"
+        )
+    if cfg.norm.deepnorm_alpha is not None and cfg.norm.placement != "deepnorm":
+        yield (
+            f"norm.deepnorm_alpha={cfg.norm.deepnorm_alpha}: only norm.placement=deepnorm has it, "
+            f"not {cfg.norm.placement}; set norm.deepnorm_alpha=null"
+        )
+
+
+# Batches and ranks ------------------------------------------------------------------------------
+
+
+@_reads("train.global_batch_size", "train.micro_batch_size", "parallel.tensor")
+def _batch_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
+    tensor, batch, micro = cfg.parallel.tensor, cfg.train.global_batch_size, cfg.train.micro_batch_size
+    ranks = 1
+    if world_size is not None and world_size % tensor:
+        return  # `_world_divides` says what is wrong first
+    if world_size is not None:
+        ranks = world_size // tensor
+    if batch % (micro * ranks):
+        over = f" x {ranks} data-parallel ranks" if ranks > 1 else ""
+        share = batch // ranks
+        fitting = max((n for n in range(1, micro) if share % n == 0), default=0) if batch % ranks == 0 else 0
+        yield (
+            f"train.global_batch_size={batch}: not a multiple of train.micro_batch_size={micro}{over} = {micro * ranks}"
+            f"; set train.global_batch_size={_multiples(batch, micro * ranks)}"
+            + (f", or train.micro_batch_size={fitting}" if fitting else "")
+        )
+
+
+@_reads("parallel.tensor")
+def _world_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
+    tensor = cfg.parallel.tensor
+    if world_size is not None and world_size % tensor:
+        fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        yield f"parallel.tensor={tensor}: must divide the number of processes, {world_size}: one of {fitting}"
+
+
+@_reads(
+    "parallel.tensor",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.intermediate_size",
+    "model.vocab_size",
+)
+def _tensor_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
+    tensor = cfg.parallel.tensor
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        value = getattr(cfg.model, name)
+        if value is not None and value % tensor:
+            yield (
+                f"model.{name}={value}: not divisible by parallel.tensor={tensor}; "
+                f"set model.{name}={_multiples(value, tensor)}, or parallel.tensor={math.gcd(value, tensor)}"
+            )
+
+
+@_reads("parallel.tensor", "parallel.sequence")
+def _not_built(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.parallel.tensor > 1:
+        yield f"parallel.tensor={cfg.parallel.tensor}: tensor parallelism is not built yet; set parallel.tensor=1"
+    if cfg.parallel.sequence:
+        yield (
+            "parallel.sequence=true: sequence parallelism needs tensor parallelism, which is not built yet; "
+            "set parallel.sequence=false"
+        )
+
+
+@_reads("train.precision", "train.device")
+def _half_on_cpu(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.train.precision == "fp16" and cfg.train.device == "cpu":
+        yield "train.precision=fp16: meant for GPUs, train.device=cpu; set train.precision=bf16 or fp32"
+
+
+# Data and tokens --------------------------------------------------------------------------------
+
+
+@_reads("data.source")
+def _sources(cfg: Config, world_size: int | None) -> Iterator[str]:
+    source = cfg.data.source
+    if isinstance(source, str):
+        if not source.strip():
+            yield "data.source='': give `embedded`, a packed store, or a list of {path, weight, replay}"
+        elif source != "embedded" and _resembles(source, "embedded") and not Path(source).exists():
+            yield f"data.source={source}: did you mean embedded? There is no packed store of that name"
+        return
+    if not source:
+        yield "data.source=[]: a mixture needs at least one {path, weight, replay}"
+    for index, part in enumerate(source):
+        if not part.path.strip():
+            yield f"data.source[{index}].path='': give the packed store of this source"
+        if part.weight <= 0:
+            yield f"data.source[{index}].weight={part.weight}: must be greater than 0; leave the source out instead"
+
+
+def _resembles(word: str, other: str) -> bool:
+    return difflib.SequenceMatcher(None, word.lower(), other).ratio() > 0.8
+
+
+@_reads("data.source", "data.tokenizer", "data.tokenizer_vocab_size", "model.vocab_size")
+def _vocabulary(cfg: Config, world_size: int | None) -> Iterator[str]:
+    size, rows = cfg.data.tokenizer_vocab_size, cfg.model.vocab_size
+    if cfg.data.tokenizer == "bytes" and rows < 256:
+        yield f"model.vocab_size={rows}: data.tokenizer=bytes has at least 256 tokens; set model.vocab_size=320"
+    if size is None:
+        return
+    if cfg.data.source != "embedded" or cfg.data.tokenizer is not None:
+        yield (
+            f"data.tokenizer_vocab_size={size}: sizes the tokenizer trained on data.source=embedded, which "
+            f"{_set(cfg, 'data.source', 'data.tokenizer')} does not use; set it to null"
+        )
+    elif size > rows:
+        yield (
+            f"data.tokenizer_vocab_size={size}: more tokens than the model.vocab_size={rows} rows of the embedding; "
+            f"set model.vocab_size={size} or data.tokenizer_vocab_size={rows}"
+        )
+
+
+@_reads("eval.sources")
+def _eval_sources(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.eval.sources is not None and (not cfg.eval.sources or not all(path.strip() for path in cfg.eval.sources)):
+        yield f"eval.sources={cfg.eval.sources}: list packed stores, or null for the validation split of the sources"
+
+
+@_reads("log.sample_tokens", "model.max_position_embeddings")
+def _sample_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
+    positions = cfg.model.max_position_embeddings
+    if cfg.log.sample_tokens > positions:
+        yield f"log.sample_tokens={cfg.log.sample_tokens}: at most model.max_position_embeddings={positions}"
+
+
+# Optimizer, checkpoints, run --------------------------------------------------------------------
+
+
+@_reads("optim.betas")
+def _two_betas(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if len(cfg.optim.betas) != 2:
+        yield f"optim.betas={cfg.optim.betas}: must be two numbers, for example [0.9, 0.95]"
+
+
+@_reads("resume.mode", "resume.path")
+def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
+    mode, path = cfg.resume.mode, cfg.resume.path
+    if mode in ("continue", "weights_only", "new_schedule") and not path:
+        yield f"resume.path={shorten(path)}: resume.mode={mode} needs a checkpoint or run directory"
+    elif mode in ("auto", "none") and path is not None:
+        yield (
+            f"resume.path={shorten(path)}: resume.mode={mode} does not read it; "
+            "set resume.mode=continue, weights_only or new_schedule, or resume.path=null"
+        )
+
+
+@_reads("checkpoint.every", "checkpoint.permanent_every")
+def _permanent(cfg: Config, world_size: int | None) -> Iterator[str]:
+    every, permanent = cfg.checkpoint.every, cfg.checkpoint.permanent_every
+    if permanent and not every:
+        yield f"checkpoint.permanent_every={permanent}: no checkpoints are written with checkpoint.every=0"
+    elif permanent and permanent % every:
+        yield (
+            f"checkpoint.permanent_every={permanent}: not a multiple of checkpoint.every={every}, so these steps are "
+            f"not saved; set checkpoint.permanent_every={_multiples(permanent, every)}"
+        )
+
+
+@_reads("run.name", "run.dir", "log.wandb_project")
+def _names(cfg: Config, world_size: int | None) -> Iterator[str]:
+    for name in ("run.name", "run.dir", "log.wandb_project"):
+        if not value_of(cfg, name).strip():
+            yield f"{name}='': must not be empty"
+
+
+def _gpu_present(cfg: Config) -> Iterator[str]:
+    """Last and only for an otherwise valid configuration, because it imports torch."""
+    if cfg.train.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            yield "train.device=cuda: PyTorch finds no GPU here; set train.device=auto or cpu (`nexa doctor` says why)"

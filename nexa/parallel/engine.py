@@ -1,0 +1,175 @@
+"""The DeepSpeed engine behind six methods: the loop sees neither stages nor groups."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nexa.checkpoint.fragment import Fragment
+from nexa.config.schema import Config
+from nexa.model.decoder import Decoder
+from nexa.optim import build
+from nexa.parallel import private
+from nexa.parallel.deepspeed_config import deepspeed_config, effective_stage
+from nexa.parallel.topology import Topology
+
+logger = logging.getLogger("nexa")
+
+
+class NonFiniteGradient(RuntimeError):
+    """The gradient of this step has an infinity or a NaN; the weights were not touched."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """grad_norm: before clipping, on the device or the host. skipped: fp16 overflow, no update made."""
+
+    grad_norm: Tensor | float
+    skipped: bool
+
+
+def _import_deepspeed(device_type: str) -> Any:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device_type == "cpu":
+        # DeepSpeed would compile a C++ op in init_distributed that only inference uses: 28 to 37 s, a hang when
+        # an earlier build was killed, and a failure without a compiler.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    return deepspeed
+
+
+class Engine:
+    """A model under ZeRO. `module` is the decoder; `device` where its inputs must be."""
+
+    def __init__(self, model: Decoder, cfg: Config, topology: Topology) -> None:
+        """Shard `model` (on the CPU or already on the device) as `cfg.parallel` says."""
+        self.topology, self.device, self.config = topology, topology.device, cfg
+        self.accumulation = cfg.train.global_batch_size // (cfg.train.micro_batch_size * topology.data_size)
+        self.stage, reason = effective_stage(cfg, self.accumulation)
+        if reason is not None and topology.is_main:
+            logger.info(reason)
+        deepspeed = _import_deepspeed(self.device.type)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        if cfg.train.compile:
+            for block in model.model.layers:
+                block.compile()
+        model.model.checkpoint_blocks = cfg.train.activation_checkpointing == "full"
+        model.lm_head.chunk_tokens = cfg.train.loss_chunk_tokens
+        options = asdict(cfg.optim)
+        optimizer = build(options.pop("name"), model.named_parameters(), **options)
+        self._engine, *_ = deepspeed.initialize(
+            model=model.to(self.device),
+            optimizer=optimizer,
+            config=deepspeed_config(cfg, topology.data_size, self.device.type),
+            mpu=topology,
+            dist_init_required=False,
+        )
+        self.module: Decoder = self._engine.module
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        """The owned ranges of all data-parallel ranks must make up the whole model."""
+        owned = torch.tensor([sum(r.stop - r.start for r in private.owned_ranges(self._engine))], dtype=torch.int64)
+        whole = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        if self.stage > 0:
+            owned = owned.to(self.device)
+            dist.all_reduce(owned, group=self.topology.data_group)
+        assert int(owned) == whole, f"DeepSpeed's layout changed: ranks own {int(owned)} of {whole} elements"
+
+    def forward_backward(self, batch: dict[str, Tensor], scored_tokens: Tensor | float) -> Tensor:
+        """One micro-batch: add its share of the gradient of the mean loss.
+
+        batch: arguments of `Decoder.forward` with labels, on `device`. scored_tokens: of the whole global
+        batch. Returns the summed loss of this micro-batch, detached, on the device.
+        """
+        total = self._engine(**batch)
+        # DeepSpeed averages over data-parallel ranks and divides by the accumulation: undo both, so that the
+        # gradient is that of (sum of losses) / (scored tokens) whatever the layout.
+        share = total * (self.topology.data_size * self.accumulation / scored_tokens)
+        self._engine.backward(share)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+        return total.detach()
+
+    def step(self, lr: float) -> StepResult:
+        """Clip and update with learning rate `lr`.
+
+        Raises NonFiniteGradient before any weight is touched (fp16 overflow is a skipped step instead).
+        """
+        for group in private.client_optimizer(self._engine).param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            norm = self._clip()
+            if not bool(torch.isfinite(norm)):
+                raise NonFiniteGradient
+            self._engine.step()
+            return StepResult(norm, skipped=False)
+        self._engine.step()
+        skipped = private.overflowed(self._engine)
+        if skipped and self.config.train.precision != "fp16":
+            raise NonFiniteGradient
+        return StepResult(private.gradient_norm(self._engine), skipped)
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.train.grad_clip > 0:
+            factor = (self.config.train.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor)
+        return norm
+
+    @torch.no_grad()
+    def total_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed loss of a batch without gradients."""
+        self.module.eval()
+        total = self.module(**batch)
+        self.module.train()
+        return total
+
+    def fragments(self) -> list[Fragment]:
+        """Live views of the master weights and optimizer state this rank owns, made if there are none yet."""
+        optimizer = private.client_optimizer(self._engine)
+        result = []
+        for owned in private.owned_ranges(self._engine):
+            state = optimizer.state[owned.holder]
+            if not state:
+                state.update(_fresh_state(owned.holder))
+            window = slice(owned.offset, owned.offset + owned.stop - owned.start)
+            tensors = {"weight": owned.holder.data.view(-1)[window]}
+            scalars = {}
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.numel() == owned.holder.numel() and value.dim() > 0:
+                    tensors[key] = value.view(-1)[window]
+                else:
+                    scalars[key] = float(value)
+            result.append(Fragment(owned.name, owned.shape, owned.start, owned.stop, tensors, scalars))
+        return result
+
+    def finish_load(self, scalars: dict[str, dict[str, float]]) -> None:
+        """After the fragments were written: set per-parameter scalars and refresh the working weights."""
+        optimizer = private.client_optimizer(self._engine)
+        for owned in private.owned_ranges(self._engine):
+            for key, value in scalars.get(owned.name, {}).items():
+                old = optimizer.state[owned.holder][key]
+                optimizer.state[owned.holder][key] = torch.full_like(old, value) if torch.is_tensor(old) else value
+        private.publish_master_weights(self._engine)
+
+
+def _fresh_state(holder: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before its first step, as torch.optim makes it with fused=True."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=holder.device),
+        "exp_avg": torch.zeros_like(holder, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(holder, memory_format=torch.preserve_format),
+    }

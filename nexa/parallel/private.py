@@ -1,0 +1,114 @@
+"""Every private attribute of DeepSpeed that nexa reads, in one place.
+
+Written against deepspeed 0.19.8 (pinned >=0.19.8,<0.20). `owned_ranges` is checked at start-up: if a
+release moves these attributes or changes the layout, the run stops there and not at a wrong checkpoint.
+
+Layout: stage 0 keeps whole parameters. Stages 1 and 2 flatten each group in the order of
+`round_robin_bit16_groups`; rank r owns elements [r n, (r+1) n) with n the length of its fp32 partition.
+Stage 3 cuts every parameter by itself into equal parts (the last one padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OwnedRange:
+    """Elements [start, stop) of parameter `name`, kept at holder[offset : offset + stop - start].
+
+    holder: the flat fp32 tensor that the client optimizer steps, and the key of its state.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    holder: Tensor
+    offset: int
+    start: int
+    stop: int
+
+
+def names_of(module: nn.Module) -> dict[int, str]:
+    """Checkpoint name by the identity of a parameter."""
+    return {id(parameter): name for name, parameter in module.named_parameters()}
+
+
+def owned_ranges(engine: Any) -> Iterator[OwnedRange]:
+    """What this rank owns of each parameter, at any stage."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        for name, parameter in engine.module.named_parameters():
+            yield OwnedRange(name, tuple(parameter.shape), parameter, 0, 0, parameter.numel())
+    elif stage < 3:
+        yield from _flat_ranges(engine)
+    else:
+        yield from _partitioned_ranges(engine)
+
+
+def _flat_ranges(engine: Any) -> Iterator[OwnedRange]:
+    zero, names = engine.optimizer, names_of(engine.module)
+    for group, holder in enumerate(zero.single_partition_of_fp32_groups):
+        length = holder.numel()
+        low = dist.get_rank(zero.real_dp_process_group[group]) * length
+        begin = 0
+        for parameter in zero.round_robin_bit16_groups[group]:
+            start, stop = max(low, begin), min(low + length, begin + parameter.numel())
+            if start < stop:
+                yield OwnedRange(
+                    names[id(parameter)], tuple(parameter.shape), holder, start - low, start - begin, stop - begin
+                )
+            begin += parameter.numel()
+
+
+def _partitioned_ranges(engine: Any) -> Iterator[OwnedRange]:
+    zero, names = engine.optimizer, names_of(engine.module)
+    rank = dist.get_rank(zero.dp_process_group)
+    for group, holder in enumerate(zero.fp32_partitioned_groups_flat):
+        offset = 0
+        for parameter in zero.fp16_groups[group]:
+            part = parameter.ds_tensor.ds_numel
+            start, stop = rank * part, min((rank + 1) * part, parameter.ds_numel)
+            if start < stop:
+                yield OwnedRange(names[id(parameter)], tuple(parameter.ds_shape), holder, offset, start, stop)
+            offset += part
+
+
+def client_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer under DeepSpeed's wrapper."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+@torch.no_grad()
+def publish_master_weights(engine: Any) -> None:
+    """Copy the fp32 masters, just loaded, to the weights that the forward pass reads."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage in {1, 2}:
+        zero.update_lp_params()
+    elif stage == 3:
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        persistent = zero.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+
+def overflowed(engine: Any) -> bool:
+    """Whether DeepSpeed dropped the last update because its gradient was not finite."""
+    return bool(getattr(engine.optimizer, "overflow", False))
+
+
+def gradient_norm(engine: Any) -> Tensor | float:
+    """Norm of the last update's gradient before clipping, at stages 1 to 3."""
+    return engine.optimizer._global_grad_norm
+
+
+def loss_scale(engine: Any) -> float:
+    """fp16 loss scale; 1 otherwise."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))

@@ -1,0 +1,155 @@
+"""A run from configuration to exit code."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data_pipeline.store import PackedStore
+from nexa.config import fingerprint
+from nexa.config.schema import Config
+from nexa.errors import EXIT_INTERRUPTED, UserError
+from nexa.hardware import peak_flops
+from nexa.interop.huggingface import config_json
+from nexa.model.decoder import Decoder, flops_per_token
+from nexa.model.init import initialise
+from nexa.parallel.engine import Engine
+from nexa.parallel.topology import Topology, connect, disconnect
+from nexa.train import resume
+from nexa.train.data import TrainingData, open_sources, open_validation
+from nexa.train.folder import RunFolder, package_versions
+from nexa.train.hooks import build_hooks
+from nexa.train.hooks.checkpointing import CheckpointHook
+from nexa.train.hooks.console import quantity
+from nexa.train.loop import Trainer
+from nexa.train.state import RunState
+
+logger = logging.getLogger("nexa")
+
+
+def _log_to_stdout(is_main: bool) -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if is_main else logging.WARNING)
+    logger.propagate = False
+
+
+def _compare_ranks(cfg: Config, topology: Topology) -> None:
+    """All ranks must run the same configuration on the same versions."""
+    mine = (fingerprint(cfg), package_versions())
+    every: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(every, mine, group=topology.control_group)
+    for rank, other in enumerate(every):
+        if other != every[0]:
+            what = "configuration" if other[0] != every[0][0] else f"versions {other[1]} against {every[0][1]}"
+            raise UserError(f"rank {rank} differs from rank 0 in its {what}; start all ranks from one place")
+
+
+def data_identity(cfg: Config, stores: list[PackedStore]) -> dict[str, Any]:
+    """What the order of samples depends on, in JSON."""
+    mixture = cfg.data.source if isinstance(cfg.data.source, list) else []
+    return {
+        "stores": [store.fingerprint for store in stores],
+        "weights": [part.weight for part in mixture],
+        "seed": cfg.train.seed,
+        "sequence_length": cfg.data.sequence_length,
+    }
+
+
+def _checkpoint_files(store: PackedStore) -> dict[str, Path]:
+    return {} if store.tokenizer_path is None else {"tokenizer.json": store.tokenizer_path}
+
+
+def _announce(cfg: Config, topology: Topology, parameters: int, trainer: Trainer) -> None:
+    peak, source = peak_flops(topology.device, cfg.train.precision)
+    per_step = cfg.train.global_batch_size * cfg.data.sequence_length
+    logger.info(
+        "run %s: %s placement, %.2fM parameters, %s",
+        cfg.run.dir,
+        cfg.norm.placement,
+        parameters / 1e6,
+        cfg.train.precision,
+    )
+    logger.info(
+        "%d rank(s) on %s, ZeRO stage %d; batch %d x %d = %d tokens a step, %d steps, %s tokens in all",
+        topology.world_size,
+        topology.device.type,
+        trainer.engine.stage,
+        cfg.train.global_batch_size,
+        cfg.data.sequence_length,
+        per_step,
+        trainer.total_steps,
+        quantity(per_step * trainer.total_steps),
+    )
+    mfu = f"{peak / 1e12:.0f} TFLOP/s ({source})" if peak is not None else f"n/a ({source})"
+    logger.info("peak for MFU: %s; loss of a uniform guess: %.4f", mfu, math.log(cfg.model.vocab_size))
+
+
+def _build(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer:
+    """Everything up to the first step. Data before the model: its mistakes are found in a second."""
+    stores, weights = open_sources(cfg, topology)
+    data = TrainingData(cfg, topology, stores, weights)
+    validation = open_validation(cfg, topology, stores)
+    identity = data_identity(cfg, stores)
+    origin = resume.agree(topology, resume.choose(cfg, folder.checkpoints) if topology.is_main else None)
+    model = Decoder(cfg.model, cfg.norm, cfg.train.loss_chunk_tokens)
+    parameters = sum(p.numel() for p in model.parameters())
+    if origin is None:
+        initialise(model, cfg.model, cfg.norm, cfg.train.seed)
+    engine = Engine(model, cfg, topology)
+    state = RunState() if origin is None else resume.restore(engine, cfg, origin, identity)
+    data.continue_from(state.step, state.samples)
+    exported = config_json(cfg.model, cfg.norm, eos_token_id=stores[0].eod_id)
+    if stores[0].tokenizer_path is None:
+        exported["nexa_tokenizer"] = "bytes"
+    checkpoint = CheckpointHook(folder.checkpoints, exported, _checkpoint_files(stores[0]), identity)
+    flops = flops_per_token(cfg.model, cfg.norm, cfg.data.sequence_length)
+    peak, _ = peak_flops(topology.device, cfg.train.precision)
+    trainer = Trainer(cfg, engine, data, state, build_hooks(cfg, validation, checkpoint), flops, peak)
+    if topology.is_main:
+        _announce(cfg, topology, parameters, trainer)
+    return trainer
+
+
+def _outcome(trainer: Trainer) -> int:
+    """Say how the run ended; its exit code."""
+    stop, step = trainer.stop, trainer.state.step
+    if not stop.asked or trainer.finished:
+        logger.info("done: step %d of %d", step, trainer.total_steps)
+        return 0
+    saved = "checkpoint saved" if trainer.checkpoint_due else "not saved (checkpoint.on_interrupt=false)"
+    logger.info("stopped by %s at step %d, %s; the same command goes on from here", stop.name, step, saved)
+    return EXIT_INTERRUPTED if stop.name == "SIGINT" else 0
+
+
+def run(cfg: Config) -> int:
+    """Train as `cfg` says; the exit code (0 done or stopped by SIGTERM or SIGUSR1, 130 Ctrl-C).
+
+    Raises UserError for anything a user can mend.
+    """
+    topology = connect(cfg)
+    _log_to_stdout(topology.is_main)
+    _compare_ranks(cfg, topology)
+    folder = RunFolder(cfg)
+    if topology.is_main:
+        folder.open(cfg, topology)
+    dist.barrier(group=topology.control_group)
+    trainer = _build(cfg, topology, folder)
+    if trainer.finished:
+        logger.info("run %s is complete at step %d; nothing to do", folder.path, trainer.state.step)
+        disconnect()
+        return 0
+    trainer.stop.install()
+    try:
+        trainer.fit()
+    finally:
+        trainer.stop.release()
+    code = _outcome(trainer)
+    disconnect()
+    return code

@@ -1,0 +1,201 @@
+"""The loop: fetch, step, report, until done or told to stop. Everything else is a hook."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.loader import Prefetcher
+from nexa.config.schema import Config
+from nexa.errors import UserError
+from nexa.hardware import memory_gib
+from nexa.optim import learning_rate
+from nexa.parallel.engine import Engine, NonFiniteGradient, StepResult
+from nexa.train.data import StepData, TrainingData
+from nexa.train.hook import Hook, Row
+from nexa.train.state import RunState
+from nexa.train.stop import StopFlag
+
+logger = logging.getLogger("nexa")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """loss: sum over this rank's tokens and scored: tokens of the global batch, both still on the device."""
+
+    loss: Tensor
+    scored: Tensor | float
+    lr: float
+    result: StepResult
+
+
+class Clock:
+    """Seconds spent training, without what hooks take."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._seconds = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time inside."""
+        self._seconds += time.perf_counter() - self._since
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap; starts the next."""
+        now = time.perf_counter()
+        seconds, self._seconds, self._since = self._seconds + now - self._since, 0.0, now
+        return seconds
+
+
+class Trainer:
+    """One run: `fit` trains to the end; `train_step` makes one update."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        engine: Engine,
+        data: TrainingData,
+        state: RunState,
+        hooks: list[Hook],
+        flops_per_token: float,
+        peak_flops: float | None,
+    ) -> None:
+        """flops_per_token: of training. peak_flops: of one device, None when unknown (MFU is then left out)."""
+        self.config, self.engine, self.data, self.state, self.hooks = cfg, engine, data, state, hooks
+        self.topology = engine.topology
+        self.total_steps = cfg.total_steps
+        self.last_step = min(cfg.total_steps, cfg.train.stop_at or cfg.total_steps)
+        self.stop = StopFlag()
+        self.clock = Clock()
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._laps = 0
+
+    @property
+    def finished(self) -> bool:
+        """All steps of this call are done."""
+        return self.state.step >= self.last_step
+
+    @property
+    def leaving(self) -> bool:
+        """This was the last step: done, or asked to stop."""
+        return self.finished or self.stop.asked
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether this step ends with a checkpoint."""
+        cfg = self.config.checkpoint
+        periodic = cfg.every > 0 and self.state.step % cfg.every == 0
+        return periodic or (self.finished and cfg.at_end) or (self.stop.asked and cfg.on_interrupt)
+
+    def fit(self) -> None:
+        """Train from the current state to the last step, or until a stop is asked for.
+
+        Raises UserError on a gradient that is not finite (nothing is written after it), and whatever a
+        hook raises. Hooks are closed in any case.
+        """
+        try:
+            for hook in self.hooks:
+                hook.start(self)
+            self._train()
+            for hook in self.hooks:
+                hook.end(self)
+        finally:
+            for hook in reversed(self.hooks):
+                hook.close()
+
+    def _train(self) -> None:
+        batches = Prefetcher(self.data.fetch, self.state.step, self.last_step, self.config.data.prefetch)
+        try:
+            self.clock.lap()
+            for step_data in batches:
+                report = self.train_step(step_data)
+                self._report(report)
+                if self.leaving:
+                    return
+        finally:
+            batches.close()
+
+    def train_step(self, step_data: StepData) -> StepReport:
+        """One optimizer update from this rank's micro-batches of the step; the state moves on by one."""
+        scored = self.data.scored_tokens(step_data, self.engine.device)
+        loss = torch.zeros((), device=self.engine.device)
+        for batch in step_data.micro_batches:
+            moved = {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()}
+            loss += self.engine.forward_backward(moved, scored)
+        lr = learning_rate(self.state.step, self.config.optim.lr, self.total_steps, self.config.schedule)
+        try:
+            result = self.engine.step(lr)
+        except NonFiniteGradient:
+            raise self._non_finite() from None
+        self.state.step += 1
+        self.state.samples += self.config.train.global_batch_size
+        self.state.tokens += self.config.train.global_batch_size * self.config.data.sequence_length
+        self.state.skipped += int(result.skipped)
+        return StepReport(loss, scored, lr, result)
+
+    def _non_finite(self) -> UserError:
+        step = self.state.step
+        ids = [f"{source}:{index}" for source, index in self.data.sample_ids(step)]
+        shown = " ".join(ids[:64]) + (f" … ({len(ids)} in all)" if len(ids) > 64 else "")
+        return UserError(
+            f"step {step + 1}: the gradient is not finite; the update was not made and earlier checkpoints are intact. "
+            f"Lower optim.lr, lengthen schedule.warmup_steps or look at the samples of this step: {shown}"
+        )
+
+    def _report(self, report: StepReport) -> None:
+        self._laps += 1
+        self.stop.agree(self.topology)
+        with self.clock.paused():
+            extra: Row = {}
+            for hook in self.hooks:
+                extra |= hook.measure(self)
+        every = self.config.log.every
+        if extra or self.leaving or (every > 0 and self.state.step % every == 0):
+            row = self._row(report) | extra
+            with self.clock.paused():
+                for hook in self.hooks if self.topology.is_main else []:
+                    hook.on_row(self, row)
+        with self.clock.paused():
+            for hook in self.hooks:
+                hook.after_step(self)
+
+    def _row(self, report: StepReport) -> Row:
+        """The one place of a step that waits for the device."""
+        norm = torch.as_tensor(report.result.grad_norm, dtype=torch.float32, device=self.engine.device)
+        scored = torch.as_tensor(report.scored, dtype=torch.float32, device=self.engine.device)
+        numbers = torch.stack([report.loss.float(), norm, scored])
+        summed = numbers[:1].clone()
+        dist.all_reduce(summed, group=self.topology.data_group)
+        loss, grad_norm, count = torch.cat([summed, numbers[1:]]).tolist()
+        seconds, laps = self.clock.lap() / self._laps, self._laps
+        self._laps = 0
+        assert laps > 0
+        per_step = self.config.train.global_batch_size * self.config.data.sequence_length
+        row: Row = {
+            "step": self.state.step,
+            "loss": loss / count,
+            "lr": report.lr,
+            "grad_norm": grad_norm,
+            "tokens": self.state.tokens,
+            "tokens_per_second": per_step / seconds,
+            "step_seconds": seconds,
+            "memory_gib": memory_gib(self.engine.device),
+        }
+        if self._peak_flops is not None:
+            achieved = per_step / seconds * self._flops_per_token / self.topology.world_size
+            row["mfu"] = achieved / self._peak_flops
+        if self.config.train.precision == "fp16":
+            row["skipped"] = self.state.skipped
+        return row | {f"tokens/{name}": count for name, count in self.data.tokens_by_source(self.state.step).items()}

@@ -1,0 +1,107 @@
+"""Where a run goes on from."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from nexa.checkpoint.load import find, list_checkpoints, load_fragments, read_state, verify
+from nexa.config.schema import Config
+from nexa.errors import UserError
+from nexa.parallel.engine import Engine
+from nexa.parallel.topology import Topology
+from nexa.train.state import RunState
+
+logger = logging.getLogger("nexa")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What of a checkpoint is taken over."""
+
+    moments: bool
+    step: bool
+    data: bool
+
+
+MODES = {
+    "auto": Mode(moments=True, step=True, data=True),
+    "continue": Mode(moments=True, step=True, data=True),
+    "new_schedule": Mode(moments=True, step=False, data=True),
+    "weights_only": Mode(moments=False, step=False, data=False),
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint and what to take from it."""
+
+    path: Path
+    mode: Mode
+
+
+def choose(cfg: Config, checkpoints: Path) -> Origin | None:
+    """The checkpoint to go on from, None for a fresh start.
+
+    Checkpoints in the run's own folder win in every mode: a run that was stopped goes on, whatever it
+    first started from. Raises UserError for `none` in a folder that has some, and for a bad resume.path.
+    """
+    own = list_checkpoints(checkpoints)
+    mode = cfg.resume.mode
+    if mode == "none" and own:
+        raise UserError(
+            f"resume.mode=none: {checkpoints} has {len(own)} checkpoints, the newest {own[-1].name}; "
+            "choose another run.name, remove them, or use resume.mode=auto"
+        )
+    if own:
+        return Origin(own[-1], MODES["auto"])
+    if mode in {"none", "auto"}:
+        return None
+    assert cfg.resume.path is not None
+    return Origin(find(cfg.resume.path), MODES[mode])
+
+
+def agree(topology: Topology, origin: Origin | None) -> Origin | None:
+    """Rank 0's choice on every rank: another node may see an older state of a shared folder."""
+    box: list[Any] = [origin]
+    dist.broadcast_object_list(box, src=0, group=topology.control_group)
+    return box[0]
+
+
+def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -> RunState:
+    """Load weights and, as the mode says, moments and position; returns the state to start from.
+
+    data: identity of the configured data order. Raises UserError for a damaged checkpoint, for weights
+    of another architecture, and when the data order differs from the checkpoint's in a mode that needs it.
+    """
+    topology = engine.topology
+    verify(origin.path, topology.rank, topology.world_size)
+    dist.barrier(group=topology.control_group)
+    saved = read_state(origin.path)
+    scalars = load_fragments(origin.path, engine.fragments(), states=origin.mode.moments)
+    engine.finish_load(scalars if origin.mode.moments else {})
+    old = RunState.from_dict(saved["state"])
+    if topology.is_main:
+        logger.info("resuming from %s (step %d, %d tokens)", origin.path, old.step, old.tokens)
+        if saved["optim"]["lr"] != cfg.optim.lr:
+            logger.info(
+                "optim.lr: %g in the checkpoint, %g in the config; the config's is used",
+                saved["optim"]["lr"],
+                cfg.optim.lr,
+            )
+    same_data = saved["data"] == data
+    if origin.mode.step and not same_data:
+        changed = ", ".join(
+            f"{key}: {saved['data'].get(key)} -> {data[key]}" for key in data if saved["data"].get(key) != data[key]
+        )
+        raise UserError(
+            f"{origin.path}: the data order changed since this checkpoint ({changed}); restore it, or start a new run "
+            "from these weights with resume.mode=new_schedule or weights_only"
+        )
+    if origin.mode.step:
+        return old
+    return RunState(samples=old.samples if origin.mode.data and same_data else 0)

@@ -1,0 +1,137 @@
+"""An independent decoder for tests: plain functions on a state dict in float64, written from the papers'
+equations, one branch per placement, sharing nothing with the product."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def rms(x, weight, eps):
+    return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def layer(x, weight, bias, eps):
+    mean = x.mean(-1, keepdim=True)
+    var = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return weight * (x - mean) / torch.sqrt(var + eps) + bias
+
+
+class Reference:
+    """logits(ids) for a state dict; cfg values are plain Python."""
+
+    def __init__(self, state, *, heads, kv_heads, layers, placement, kind="rmsnorm", eps=1e-6, theta=1e4, **options):
+        self.s, self.h, self.g, self.L = state, heads, kv_heads, layers
+        self.placement, self.kind, self.eps, self.theta, self.o = placement, kind, eps, theta, options
+
+    def norm(self, name, x):
+        w = self.s[f"{name}.weight"]
+        return layer(x, w, self.s[f"{name}.bias"], self.eps) if self.kind == "layernorm" else rms(x, w, self.eps)
+
+    def rope(self, x):
+        """[B, heads, T, dh]: rotate pairs (j, j + dh/2) by t * theta^(-2j/dh)."""
+        T, dh = x.shape[-2:]
+        out = torch.empty_like(x)
+        for j in range(dh // 2):
+            a = torch.arange(T, dtype=x.dtype) * self.theta ** (-2 * j / dh)
+            p, q = x[..., j], x[..., j + dh // 2]
+            out[..., j] = p * torch.cos(a) - q * torch.sin(a)
+            out[..., j + dh // 2] = q * torch.cos(a) + p * torch.sin(a)
+        return out
+
+    def attention(self, i, x, allowed):
+        p = f"model.layers.{i}.self_attn."
+        B, T, _ = x.shape
+        dh = self.s[p + "q_proj.weight"].shape[0] // self.h
+        qkv = {}
+        for n, heads in (("q", self.h), ("k", self.g), ("v", self.g)):
+            y = x @ self.s[f"{p}{n}_proj.weight"].T
+            if self.o.get("qk") == "rms_full" and n in "qk":
+                y = rms(y, self.s[f"{p}{n}_norm.weight"], self.eps)
+            y = y.view(B, T, heads, dh)
+            if self.placement in {"hybrid", "hybrid_star"} or (self.o.get("qk") == "rms" and n in "qk"):
+                y = rms(y, self.s[f"{p}{n}_norm.weight"], self.eps)
+            if self.o.get("qk") == "cosine" and n in "qk":
+                y = y / y.norm(dim=-1, keepdim=True)
+            qkv[n] = y.transpose(1, 2)
+        q, k, v = self.rope(qkv["q"]), self.rope(qkv["k"]), qkv["v"]
+        k, v = (t.repeat_interleave(self.h // self.g, dim=1) for t in (k, v))
+        scale = self.s[p + "qk_scale"] if self.o.get("qk") == "cosine" else 1 / math.sqrt(dh)
+        scores = (q @ k.transpose(-1, -2)) * scale
+        scores = scores.masked_fill(~allowed, -math.inf)
+        y = torch.softmax(scores, -1) @ v
+        if self.placement == "normformer":
+            y = y * self.s[p + "head_scale"].view(1, -1, 1, 1)
+        return y.transpose(1, 2).reshape(B, T, -1) @ self.s[p + "o_proj.weight"].T
+
+    def mlp(self, i, x):
+        p = f"model.layers.{i}.mlp."
+        a = x @ self.s[p + "gate_proj.weight"].T
+        y = a * torch.sigmoid(a) * (x @ self.s[p + "up_proj.weight"].T)
+        if self.placement == "normformer":
+            y = self.norm(p + "mid_norm", y)
+        return y @ self.s[p + "down_proj.weight"].T
+
+    def block(self, i, x, allowed):
+        p = f"model.layers.{i}."
+        pre1, pre2 = p + "input_layernorm", p + "post_attention_layernorm"
+        out1, out2 = p + "attn_norm.output", p + "mlp_norm.output"
+        res1, res2 = p + "attn_norm.residual", p + "mlp_norm.residual"
+
+        def a(y):
+            return self.attention(i, y, allowed)
+
+        def m(y):
+            return self.mlp(i, y)
+
+        place = self.placement
+        if place == "mix":
+            n_post = self.o.get("mix_post_layers")
+            n_post = int(self.o.get("mix_alpha", 0.25) * self.L) if n_post is None else n_post
+            place = "post" if i < n_post else "pre"
+        if place == "pre":
+            x = x + a(self.norm(pre1, x))
+            return x + m(self.norm(pre2, x))
+        if place == "post":
+            x = self.norm(res1, x + a(x))
+            return self.norm(res2, x + m(x))
+        if place == "lns":
+            s = 1 / math.sqrt(i + 1)
+            x = x + a(s * self.norm(pre1, x))
+            return x + m(s * self.norm(pre2, x))
+        if place in {"peri", "sandwich", "dssn"}:
+            x = x + self.norm(out1, a(self.norm(pre1, x)))
+            return x + self.norm(out2, m(self.norm(pre2, x)))
+        if place == "reordered":
+            x = x + self.norm(out1, a(x))
+            return x + self.norm(out2, m(x))
+        if place == "deepnorm":
+            alpha = self.o.get("deepnorm_alpha") or (2 * self.L) ** 0.25
+            x = self.norm(res1, alpha * x + a(x))
+            return self.norm(res2, alpha * x + m(x))
+        if place == "hybrid_star" and i == 0:
+            y = x + a(self.norm(pre1, x))
+            return y + m(self.norm(pre2, y))
+        if place in {"hybrid", "hybrid_star"}:
+            z = self.norm(res1, x + a(x))
+            return z + m(z)
+        assert place == "normformer"
+        x = x + self.norm(out1, a(self.norm(pre1, x)))
+        skip = x * self.s[p + "mlp.residual_gain"] if self.o.get("residual_gain") else x
+        return skip + m(self.norm(pre2, x))
+
+    def logits(self, ids, documents=None):
+        B, T = ids.shape
+        allowed = torch.tril(torch.ones(T, T, dtype=torch.bool)).expand(B, 1, T, T)
+        if documents is not None:
+            allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+        x = self.s["model.embed_tokens.weight"][ids]
+        if self.o.get("embedding"):
+            x = self.norm("model.embed_norm", x)
+        for i in range(self.L):
+            x = self.block(i, x, allowed)
+        if self.o.get("final", self.placement != "deepnorm"):
+            x = self.norm("model.norm", x)
+        head = self.s.get("lm_head.weight", self.s["model.embed_tokens.weight"])
+        return x @ head.T

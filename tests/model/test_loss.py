@@ -1,0 +1,63 @@
+"""The chunked cross-entropy against PyTorch's, value and gradients, and what it keeps in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nexa.model.loss import IGNORED, linear_cross_entropy
+
+
+def inputs(dtype=torch.float64, tokens=37, width=12, vocab=29):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    labels[::5] = IGNORED
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 37, 100])
+def test_value_and_gradients(chunk: int) -> None:
+    hidden, weight, labels = inputs()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk)
+    (loss * 0.7).backward()
+    h, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    expected = F.cross_entropy(h @ w.T, labels, ignore_index=IGNORED, reduction="sum")
+    (expected * 0.7).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(hidden.grad, h.grad)
+    torch.testing.assert_close(weight.grad, w.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, chunk), expected)
+
+
+def test_nothing_scored_is_zero_with_zero_gradients() -> None:
+    hidden, weight, labels = inputs()
+    labels[:] = IGNORED
+    loss = linear_cross_entropy(hidden, weight, labels, 8)
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad.abs().max() == 0
+    assert weight.grad.abs().max() == 0
+
+
+def test_bf16_statistics_are_fp32() -> None:
+    hidden, weight, labels = inputs(torch.bfloat16, tokens=64, width=64, vocab=512)
+    loss = linear_cross_entropy(hidden, weight, labels, 16)
+    assert loss.dtype == torch.float32
+    logits = (hidden.detach() @ weight.detach().T).float()
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-3)
+    loss.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+def test_backward_keeps_no_logits() -> None:
+    """What autograd holds between forward and backward is as large as the gradients, not as the logits."""
+    hidden, weight, labels = inputs(torch.float32, tokens=512, width=4, vocab=1000)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        linear_cross_entropy(hidden, weight, labels, 64)
+    assert sum(saved) == hidden.numel() + weight.numel() < 512 * 1000 / 10

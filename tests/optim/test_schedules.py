@@ -1,0 +1,75 @@
+"""Schedules against their published values and formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nexa.config.schema import ScheduleConfig
+from nexa.optim.schedules import DECAY_SHAPES, SCHEDULES, learning_rate
+
+
+def test_warm_up_is_linear_to_the_peak() -> None:
+    cfg = ScheduleConfig("cosine", warmup_steps=4)
+    assert [learning_rate(s, 8.0, 100, cfg) for s in range(5)] == [2, 4, 6, 8, 8]
+
+
+def test_cosine_by_hand() -> None:
+    cfg = ScheduleConfig("cosine", warmup_steps=10, min_lr_ratio=0.1)
+    assert learning_rate(60, 1.0, 110, cfg) == pytest.approx(0.55)
+    assert learning_rate(110, 1.0, 110, cfg) == pytest.approx(0.1)
+    assert learning_rate(35, 1.0, 110, cfg) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+
+
+def test_linear_to_zero() -> None:
+    cfg = ScheduleConfig("linear", warmup_steps=0, min_lr_ratio=0.0)
+    assert [learning_rate(s, 1.0, 4, cfg) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_inverse_square_root() -> None:
+    cfg = ScheduleConfig("inverse_sqrt", warmup_steps=100, min_lr_ratio=0.0)
+    assert learning_rate(400, 1.0, 10**6, cfg) == pytest.approx(0.5)
+    assert learning_rate(100, 1.0, 10**6, cfg) == 1.0
+
+
+@pytest.mark.parametrize("shape", sorted(DECAY_SHAPES))
+def test_wsd_holds_then_decays(shape: str) -> None:
+    cfg = ScheduleConfig("wsd", warmup_steps=5, min_lr_ratio=0.1, decay_fraction=0.2, decay_shape=shape)  # type: ignore[arg-type]
+    assert {learning_rate(s, 1.0, 100, cfg) for s in range(5, 81)} == {1.0}
+    middle = {"linear": 0.55, "cosine": 0.55, "sqrt": 0.1 + 0.9 * (1 - math.sqrt(0.5)), "exponential": math.sqrt(0.1)}
+    assert learning_rate(90, 1.0, 100, cfg) == pytest.approx(middle[shape])
+    assert learning_rate(100, 1.0, 100, cfg) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("shape", "at_3050"), [("cosine", 2.325e-4), ("inverse_sqrt", 1.8563e-4)])
+def test_infinite_golden_values(shape: str, at_3050: float) -> None:
+    """Peak 3e-4, constant 1.65e-4, minimum 3e-5, boundaries 100, 6000, 9000, 10000."""
+    cfg = ScheduleConfig(
+        "infinite", warmup_steps=100, min_lr_ratio=0.1, decay_fraction=0.1, cooldown_fraction=0.59,
+        cooldown_shape=shape, constant_lr_ratio=0.55,  # type: ignore[arg-type]
+    )  # fmt: skip
+    rate = {s: learning_rate(s, 3e-4, 10000, cfg) for s in (49, 3050, 6000, 9000, 9500, 10000)}
+    assert rate[49] == pytest.approx(1.5e-4)
+    assert rate[3050] == pytest.approx(at_3050, rel=1e-4)
+    assert rate[6000] == pytest.approx(1.65e-4)
+    assert rate[9000] == pytest.approx(1.65e-4)
+    assert rate[9500] == pytest.approx(7.0356e-5, rel=1e-4)
+    assert rate[10000] == pytest.approx(3e-5)
+
+
+@given(
+    name=st.sampled_from(sorted(SCHEDULES)), total=st.integers(1, 500), warmup=st.integers(0, 100),
+    floor=st.floats(0.0, 1.0), decay=st.floats(0.0, 0.4),
+)  # fmt: skip
+def test_every_schedule_stays_between_floor_and_peak(name: str, total: int, warmup: int, floor: float, decay: float) -> None:
+    cfg = ScheduleConfig(
+        name, warmup_steps=min(warmup, total), min_lr_ratio=floor, decay_fraction=decay, constant_lr_ratio=max(floor, 0.5)  # type: ignore[arg-type]
+    )
+    rates = [learning_rate(s, 2.0, total, cfg) for s in range(total)]
+    after = rates[cfg.warmup_steps :]
+    assert all(0 <= r <= 2.0 + 1e-12 for r in rates)
+    assert all(r >= 2.0 * floor - 1e-9 for r in after)
+    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
