@@ -59,9 +59,9 @@ def check_ids(batch: Batch, vocab_size: int | None, store: str) -> None:
 class TrainBatches:
     """Global batches of a mixture of stores.
 
-    Row g = step * global_batch_size + i of the stream belongs to (source, own index j) by the mixture; j lies in epoch
-    e = j // n of the source's n samples, and is its sample Permutation(n, key(seed, stage, source, e))(j % n). Sample k
-    of a store has the tokens [k T, k T + T + 1): T inputs and T targets. World size does not enter.
+    Row g = first_sample + step * global_batch_size + i of the stream belongs to (source, own index j) by the mixture;
+    j lies in epoch e = j // n of the source's n samples, and is its sample Permutation(n, key(seed, stage, source, e))
+    (j % n). Sample k of a store has the tokens [k T, k T + T + 1): T inputs and T targets. World size does not enter.
     """
 
     def __init__(
@@ -75,14 +75,19 @@ class TrainBatches:
         stage: int = 0,
         document_mask: bool = False,
         vocab_size: int | None = None,
+        first_sample: int = 0,
     ) -> None:
         """`vocab_size`: size of the model's embedding, against which every batch is checked when given.
+
+        `first_sample`: number in the stream of the first row of step 0, for a run that goes on with another
+        global batch size; negative when the steps before it were smaller than the present ones.
 
         Raises `UserError` for a store with fewer tokens than one sample, and for impossible weights.
         """
         assert len(stores) == len(weights)
         self._stores, self._mixture = stores, Mixture(weights)
         self._length, self._batch, self._mask = sequence_length, global_batch_size, document_mask
+        self._first = first_sample
         self._seed, self._stage, self._vocab_size = seed, stage, vocab_size
         self.names = _unique_names(stores)
         self.samples = [(store.tokens - 1) // sequence_length for store in stores]
@@ -100,7 +105,7 @@ class TrainBatches:
 
     def _locate(self, step: int, start: int, stop: int) -> list[tuple[int, int]]:
         """(source, sample) of the rows [start, stop) of a step's global batch."""
-        first = step * self._batch
+        first = self._first + step * self._batch
         places = self._mixture.locate(first + start, first + stop)
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (source, own) in enumerate(places):
@@ -127,12 +132,12 @@ class TrainBatches:
 
     def tokens_by_source(self, step: int) -> dict[str, int]:
         """Target tokens consumed from each source before step `step`, T per row."""
-        counts = self._mixture.counts(step * self._batch)
+        counts = self._mixture.counts(self._first + step * self._batch)
         return {name: count * self._length for name, count in zip(self.names, counts, strict=True)}
 
     def epochs(self, step: int) -> dict[str, float]:
         """Passes over each source's samples before step `step`."""
-        counts = self._mixture.counts(step * self._batch)
+        counts = self._mixture.counts(self._first + step * self._batch)
         return {name: count / n for name, count, n in zip(self.names, counts, self.samples, strict=True)}
 
 

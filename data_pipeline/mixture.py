@@ -12,10 +12,11 @@ from nexa.errors import UserError
 class Mixture:
     """A fixed interleaving of sources in proportion to their weights.
 
-    The stream of samples is split by a chain of Bresenham splits: source 1 takes item g iff
-    floor((g + 1) p) > floor(g p) with p its share; what is left, renumbered, goes on to source 2, and so on. So every
-    source sees its own samples in order without a gap, and two sources never stray from their shares by a whole sample
-    (more sources: by less than two in practice). Rational arithmetic: no drift, however long the run.
+    A chain of Bresenham splits, the heaviest source first: it takes item g iff floor((g + 1) p + 1/2) >
+    floor(g p + 1/2) with p its share; what is left, renumbered, goes on to the next source with p its share of the
+    rest, and so on. So every source sees its own samples in order without a gap. Two sources never stray from their
+    shares by more than half a sample; with eight, 1.2 is the largest distance found (without the halves and the
+    sorting, 4.7). Rational arithmetic: no drift, however long the run.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -28,16 +29,19 @@ class Mixture:
         exact = [Fraction(str(weight)) for weight in weights]
         if not sum(exact):
             raise UserError("data.source: all weights are 0; at least one must be larger")
-        rest = [sum(exact[number:], Fraction(0)) for number in range(len(exact))]
-        self._shares = [weight / left if left else Fraction(0) for weight, left in zip(exact, rest, strict=True)]
+        self._order = sorted(range(len(exact)), key=lambda source: -exact[source])
+        rest, self._shares = sum(exact, Fraction(0)), []
+        for source in self._order:
+            self._shares.append(exact[source] / rest if rest else Fraction(0))
+            rest -= exact[source]
 
     def locate(self, start: int, stop: int) -> list[tuple[int, int]]:
         """(source, number of the sample within that source) of the samples [start, stop)."""
         places = []
         for item in range(start, stop):
-            for source, share in enumerate(self._shares):
-                taken = item * share.numerator // share.denominator
-                if (item + 1) * share.numerator // share.denominator > taken:
+            for source, share in zip(self._order, self._shares, strict=True):
+                taken = _rounded(item, share)
+                if _rounded(item + 1, share) > taken:
                     places.append((source, taken))
                     break
                 item -= taken
@@ -45,9 +49,13 @@ class Mixture:
 
     def counts(self, n: int) -> list[int]:
         """Samples of each source among the first `n`; they sum to n."""
-        counts = []
-        for share in self._shares:
-            taken = n * share.numerator // share.denominator
-            counts.append(taken)
-            n -= taken
+        counts = [0] * len(self._order)
+        for source, share in zip(self._order, self._shares, strict=True):
+            counts[source] = _rounded(n, share)
+            n -= counts[source]
         return counts
+
+
+def _rounded(n: int, share: Fraction) -> int:
+    """floor(n share + 1/2)."""
+    return (2 * n * share.numerator + share.denominator) // (2 * share.denominator)

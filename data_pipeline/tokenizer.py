@@ -30,6 +30,8 @@ EOD_CANDIDATES = (
 MIN_BPE_VOCABULARY = 257
 LONG_TEXT = 1 << 20
 """Characters from which a document is encoded in pieces, to bound memory."""
+BATCH_TEXT = 1 << 18
+"""Characters given to the library at once: it needs some 100 bytes for each token of a batch."""
 
 
 class Tokenizer(ABC):
@@ -86,6 +88,15 @@ class ByteTokenizer(Tokenizer):
         """Bytes of each text."""
         return [list(text.encode("utf-8")) for text in texts]
 
+    def encode_documents(self, texts: list[str], dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """As in `Tokenizer`, without a Python integer per byte."""
+        data = [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+        lengths = np.array([len(part) + 1 for part in data], np.int64)
+        tokens = np.full(int(lengths.sum()), self.eod_id, dtype)
+        for part, end in zip(data, np.cumsum(lengths), strict=True):
+            tokens[end - 1 - len(part) : end - 1] = part
+        return tokens, lengths
+
     def decode(self, ids: list[int]) -> str:
         """Text of bytes; invalid UTF-8 (a cut character) appears as U+FFFD."""
         data = b"".join(bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in ids)
@@ -129,8 +140,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _cuttable(self) -> bool:
-        """Whether cutting between a letter and a newline, before another letter, leaves the ids as they are."""
-        probes = [("ab", "\ncd"), ("x one", "\ntwo\n\nthree")]
+        """Whether cutting behind a letter, before a newline or space and a letter, leaves the ids as they are."""
+        probes = [("ab", "\ncd"), ("x one", "\ntwo\n\nthree"), ("ab", " cd"), ("\nx é", " two three")]
         return all(
             self._ids([left + right])[0] == list(chain.from_iterable(self._ids([left, right])))
             and self.decode(self._ids([right])[0]) == right
@@ -141,24 +152,29 @@ class HuggingFaceTokenizer(Tokenizer):
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; a batch's working memory is about 100 bytes per token."""
+        """Ids of each text."""
         return [list(chain.from_iterable(parts)) for parts in self._encode_parts(texts)]
 
     def _encode_parts(self, texts: list[str]) -> Iterator[Iterator[list[int]]]:
-        if all(len(text) <= LONG_TEXT for text in texts):
-            return (iter([ids]) for ids in self._ids(texts))
-        return ((self._ids([piece])[0] for piece in self._pieces(text)) for text in texts)
+        for batch in _batches(texts):
+            if len(batch[0]) > LONG_TEXT:
+                yield (self._ids([piece])[0] for piece in self._pieces(batch[0]))
+            else:
+                yield from (iter([ids]) for ids in self._ids(batch))
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """Pieces of about LONG_TEXT characters whose ids, joined, are those of the whole."""
+        """Pieces of LONG_TEXT to twice as many characters whose ids, joined, are those of the whole.
+
+        Where there is no line or word to cut at, the cut falls inside a word: other ids there, the same text.
+        """
         start = 0
         while self._cuttable and len(text) - start > LONG_TEXT:
-            cut = _LINE_BREAK.search(text, start + LONG_TEXT)
-            if cut is None:
-                break
-            yield text[start : cut.start() + 1]
-            start = cut.start() + 1
-        yield text[start:]
+            found = _CUT.search(text, start + LONG_TEXT - 1, start + 2 * LONG_TEXT)
+            cut = found.end() if found else start + LONG_TEXT
+            yield text[start:cut]
+            start = cut
+        if start < len(text):
+            yield text[start:]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens by name."""
@@ -173,7 +189,21 @@ class HuggingFaceTokenizer(Tokenizer):
         return path
 
 
-_LINE_BREAK = re.compile(r"[a-zA-Z](?=\n[a-zA-Z])")
+_CUT = re.compile(r"[^\W\d_](?=[\n ][^\W\d_])")
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Runs of texts of up to BATCH_TEXT characters together; longer texts alone."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > BATCH_TEXT:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
 
 
 def load_tokenizer(spec: str | Path, eod: str | None = None) -> Tokenizer:

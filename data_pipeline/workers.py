@@ -75,12 +75,11 @@ class UnitWorker:
 _worker: UnitWorker | None = None
 
 
-def _start_process(tokenizer: str, eod: str, options: ReadOptions, validation_fraction: float) -> None:
+def _start_process(parent: int, tokenizer: str, eod: str, options: ReadOptions, validation_fraction: float) -> None:
     """Set up a worker process: its tokenizer, no reaction to Ctrl-C, and an end when the main process is gone."""
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -113,7 +112,7 @@ def tokenize_units(
         for number, unit in units:
             yield _labelled(run(unit), number, unit)
         return
-    arguments: tuple[Any, ...] = (where, loaded.eod, options, validation_fraction)
+    arguments: tuple[Any, ...] = (os.getpid(), where, loaded.eod, options, validation_fraction)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_process, initargs=arguments)
     waiting: deque[tuple[Future[Tokenized], int, Cursor, int]] = deque()

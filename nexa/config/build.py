@@ -137,7 +137,8 @@ def _branch(value: Any, arguments: tuple[Any, ...], hint: Any) -> Any:
     for argument in arguments:
         if argument is not type(None) and (typing.get_origin(argument) is list) == is_list:
             return argument
-    raise _Wrong(f"must be {type_name(hint)}")
+    example = f", for example [{value}]" if isinstance(value, (str, int, float)) else ""
+    raise _Wrong(f"must be {type_name(hint)}{example}")
 
 
 def _items(value: Any, item: Any, name: str, built: Built) -> list[Any]:

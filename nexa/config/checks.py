@@ -196,8 +196,8 @@ def _flash(cfg: Config, world_size: int | None) -> Iterator[str]:
 @_reads("norm.placement", "norm.mix_post_layers", "model.num_hidden_layers")
 def _mix_layers(cfg: Config, world_size: int | None) -> Iterator[str]:
     layers, post = cfg.model.num_hidden_layers, cfg.norm.mix_post_layers
-    if post is not None and not 0 <= post <= layers:
-        yield f"norm.mix_post_layers={post}: must be in 0..{layers} (model.num_hidden_layers={layers})"
+    if post is not None and post > layers:
+        yield f"norm.mix_post_layers={post}: at most model.num_hidden_layers={layers}"
     elif post is not None and cfg.norm.placement != "mix":
         yield f"norm.mix_post_layers={post}: only norm.placement=mix has it, not {cfg.norm.placement}; set it to null"
 

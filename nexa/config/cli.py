@@ -123,11 +123,17 @@ def _rerun_overrides(overrides: Sequence[str]) -> list[str]:
 def _one_folder(overrides: Sequence[str], swept: Sequence[str]) -> list[str]:
     """Jobs of a sweep must not share a run folder."""
     named = [text for text in overrides if text.lstrip("+").startswith(("run.name=", "run.dir="))]
-    if {"run.name", "run.dir"} & set(swept) or any("${" in text for text in named) or set(swept) <= {EXPERIMENT}:
+    if (
+        {"run.name", "run.dir"} & set(swept)
+        or any("${" in text for text in named)
+        or (set(swept) <= {EXPERIMENT} and not named)
+    ):
         return []
-    key = next(key for key in swept if key != EXPERIMENT)
-    value = f"${{{key}}}" if "." in key else f"${{hydra:runtime.choices.{key}}}"
-    return [f"--multirun: the jobs would share one run folder; add for example 'run.name=sweep_{value}'"]
+    # A key names its job by its value; a group has no value of its own, so the job's number stands for it.
+    parts = [f"${{{key}}}" for key in swept if "." in key]
+    if len(parts) < len(swept):
+        parts.append("${hydra:job.num}")
+    return [f"--multirun: the jobs would share one run folder; set run.name for example to 'sweep_{'_'.join(parts)}'"]
 
 
 def _further(

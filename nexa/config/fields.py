@@ -161,7 +161,7 @@ def suggest(name: str) -> list[str]:
     if leaf in _SYNONYMS:
         return [_SYNONYMS[leaf]]
     leaves = {key.rsplit(".", 1)[-1]: key for key in keys()}
-    return [leaves[match] for match in nearest(leaf, list(leaves), 2)] or nearest(name, list(keys()), 2)
+    return [leaves[match] for match in nearest(leaf, list(leaves), 2)]
 
 
 def unknown_key(name: str, value: Any = ...) -> str:

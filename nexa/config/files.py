@@ -64,9 +64,14 @@ def compose_mapping(
         from hydra import compose as hydra_compose
         from hydra import initialize_config_dir
 
-        further = [f"hydra.searchpath=[{','.join(f'file://{d}' for d in directories[1:])}]"] if directories[1:] else []
+        further = [f"hydra.searchpath=[{','.join(_quoted(f'file://{d}') for d in directories[1:])}]"]
         with initialize_config_dir(version_base="1.3", config_dir=str(directories[0])):
             return to_mapping(hydra_compose(config_name, overrides=[*further, *overrides]))
+
+
+def _quoted(text: str) -> str:
+    """A value in Hydra's override grammar, whatever its characters."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def to_mapping(cfg: Any) -> dict[str, Any]:
@@ -108,7 +113,8 @@ def _one_line(error: BaseException) -> str:
     texts = [str(error)] + ([str(error.__cause__)] if error.__cause__ and str(error.__cause__) != str(error) else [])
     lines = [line.strip() for text in texts for line in text.splitlines()]
     kept = [line for line in lines if line and not re.match(r"(full_key|object_type|reference_type)\b", line)]
-    return " ".join(dict.fromkeys(kept)) or type(error).__name__
+    key = getattr(error, "full_key", None)
+    return (f"{key}: " if key else "") + (" ".join(dict.fromkeys(kept)) or type(error).__name__)
 
 
 def load(path: str | Path) -> Config:
@@ -144,8 +150,16 @@ def to_yaml(cfg: Config) -> str:
     """The configuration as YAML that `load` and `train.py --config-dir` read back to an equal one."""
     import yaml
 
-    text = yaml.safe_dump(_escaped(dataclasses.asdict(cfg)), sort_keys=False, allow_unicode=True, width=120)
-    return _HEADER + text
+    class Dumper(yaml.SafeDumper):
+        """Quotes every text but plain words: OmegaConf reads `1e3` as a number, PyYAML would write it bare."""
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        style = None if re.fullmatch(r"[A-Za-z_/][\w./ -]*", value, re.ASCII) else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    values = _escaped(dataclasses.asdict(cfg))
+    return _HEADER + yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _escaped(value: Any) -> Any:

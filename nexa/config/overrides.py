@@ -52,7 +52,8 @@ def screen(
                 f"{text}: cannot be read ({''.join(reason) or 'syntax error'}); write key=value, and quote values with "
                 "spaces or commas: 'key=\"a, b\"'"
             )
-            result.bad.update(suggest(text.split("=")[0].strip("+~ ")) or keys())
+            name = text.split("=")[0].strip("+~ ")
+            result.bad.update(keys() if group_options(name, directories) else suggest(name)[:2])
             continue
         problem = _judge(override, text, directories, multirun, flat, result)
         if problem:

@@ -1,0 +1,1 @@
+"""Hugging Face: `config.json` both ways, a transformers model for every placement, and its registration."""

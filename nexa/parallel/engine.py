@@ -137,6 +137,10 @@ class Engine:
         self.module.train()
         return total
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter, by checkpoint name."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+
     def fragments(self) -> list[Fragment]:
         """Live views of the master weights and optimizer state this rank owns, made if there are none yet."""
         optimizer = private.client_optimizer(self._engine)

@@ -40,12 +40,12 @@ class TrainingData:
     [(m D + r) b, (m D + r + 1) b) with D ranks and micro-batches of b rows. What the global batch holds
     does not depend on any of these numbers."""
 
-    def __init__(self, cfg: Config, topology: Topology, stores: list[PackedStore], weights: list[float]) -> None:
+    def __init__(self, cfg: Config, topology: Topology, sources: Sources) -> None:
         """Raises UserError for a store that holds less than one sequence."""
         self._order = partial(
             TrainBatches,
-            stores,
-            weights,
+            sources.stores,
+            sources.weights,
             sequence_length=cfg.data.sequence_length,
             global_batch_size=cfg.train.global_batch_size,
             seed=cfg.train.seed,
@@ -104,8 +104,17 @@ def source_paths(cfg: Config, topology: Topology) -> list[tuple[Path, float]]:
     return [(embedded_store(cfg.data.cache_dir, size), 1.0)]
 
 
-def open_sources(cfg: Config, topology: Topology) -> tuple[list[PackedStore], list[float]]:
-    """Training stores and their weights. Raises UserError for a vocabulary larger than the model's."""
+@dataclass(frozen=True)
+class Sources:
+    """Training stores, where they are and how much of each."""
+
+    paths: list[Path]
+    stores: list[PackedStore]
+    weights: list[float]
+
+
+def open_sources(cfg: Config, topology: Topology) -> Sources:
+    """Training stores. Raises UserError for a vocabulary larger than the model's."""
     paths = source_paths(cfg, topology)
     stores = [open_store(path) for path, _ in paths]
     for store in stores:
@@ -114,7 +123,7 @@ def open_sources(cfg: Config, topology: Topology) -> tuple[list[PackedStore], li
                 f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of {store.name} "
                 f"({store.vocab_size} tokens): set model.vocab_size to at least {store.vocab_size}"
             )
-    return stores, [weight for _, weight in paths]
+    return Sources([path for path, _ in paths], stores, [weight for _, weight in paths])
 
 
 class ValidationSet:
@@ -140,7 +149,7 @@ class ValidationSet:
         ]
 
 
-def open_validation(cfg: Config, topology: Topology, stores: list[PackedStore]) -> list[ValidationSet]:
+def open_validation(cfg: Config, topology: Topology, sources: Sources) -> list[ValidationSet]:
     """Validation sets: the stores of `eval.sources`, else the validation split of every training source.
 
     A store named in `eval.sources` without a validation split is scored on its train split. Training
@@ -152,7 +161,7 @@ def open_validation(cfg: Config, topology: Topology, stores: list[PackedStore]) 
             for path in cfg.eval.sources
         ]
     else:
-        found = [open_store(s.path, "validation") for s in stores if "validation" in available_splits(s.path)]
+        found = [open_store(path, "validation") for path in sources.paths if "validation" in available_splits(path)]
         if not found and (cfg.eval.every > 0 or cfg.eval.at_end):
             raise UserError(
                 "eval: no training source has a validation split; set eval.sources=[<packed store>], prepare the data "

@@ -93,9 +93,10 @@ def _announce(cfg: Config, topology: Topology, parameters: int, trainer: Trainer
 
 def _build(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer:
     """Everything up to the first step. Data before the model: its mistakes are found in a second."""
-    stores, weights = open_sources(cfg, topology)
-    data = TrainingData(cfg, topology, stores, weights)
-    validation = open_validation(cfg, topology, stores)
+    sources = open_sources(cfg, topology)
+    stores = sources.stores
+    data = TrainingData(cfg, topology, sources)
+    validation = open_validation(cfg, topology, sources)
     identity = data_identity(cfg, stores)
     origin = resume.agree(topology, resume.choose(cfg, folder.checkpoints) if topology.is_main else None)
     model = Decoder(cfg.model, cfg.norm, cfg.train.loss_chunk_tokens)

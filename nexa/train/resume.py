@@ -82,7 +82,8 @@ def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -
     verify(origin.path, topology.rank, topology.world_size)
     dist.barrier(group=topology.control_group)
     saved = read_state(origin.path)
-    scalars = load_fragments(origin.path, engine.fragments(), states=origin.mode.moments)
+    shapes = engine.parameter_shapes()
+    scalars = load_fragments(origin.path, engine.fragments(), states=origin.mode.moments, parameters=shapes)
     engine.finish_load(scalars if origin.mode.moments else {})
     old = RunState.from_dict(saved["state"])
     if topology.is_main:

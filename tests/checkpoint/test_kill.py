@@ -9,7 +9,7 @@ import time
 import torch
 
 from nexa.checkpoint import files
-from nexa.checkpoint.load import find, load_fragments, read_state, verify
+from nexa.checkpoint.load import find, list_checkpoints, load_fragments, read_state, verify
 from nexa.checkpoint.save import CheckpointWriter
 
 from .common import assert_filled, blank, cut, whole
@@ -59,8 +59,7 @@ def test_twenty_kills(tmp_path):
         fragments = blank(whole(step), 0, 1, 0)
         load_fragments(path, fragments)
         assert_filled(fragments, whole(step))
-    # The test is worth something only when kills did hit saves.
-    assert torn >= KILLS // 4
+    assert torn, "no kill hit a save: the test shows nothing"
     CheckpointWriter(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -92,6 +91,7 @@ def _die_at(root, countdown) -> None:
 
         return call
 
+    os.fsync = lambda fd: None  # the kernel outlives the process; only the order of calls counts here
     for module, name in CALLS:
         setattr(module, name, counting(getattr(module, name)))
     writer.save(2, cut(whole(3), 0, 1, 0), {"seed": 3}, {}, {})
@@ -104,21 +104,23 @@ def test_death_before_every_single_call(tmp_path):
     """At each point the folder holds a whole checkpoint that is no older than before, and cleaning keeps it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "nexa.checkpoint.save", "nexa.checkpoint.load"])
-    root, seen = tmp_path / "run", []
+    root, before, seen = tmp_path / "run", tmp_path / "before", []
+    writer = CheckpointWriter(before)
+    for step in (1, 2):
+        writer.save(step, cut(whole(step), 0, 1, 0), {"seed": step}, {}, {})
+    writer.close()
     for countdown in range(500):
         shutil.rmtree(root, ignore_errors=True)
-        writer = CheckpointWriter(root)
-        for step in (1, 2):
-            writer.save(step, cut(whole(step), 0, 1, 0), {"seed": step}, {}, {})
-        writer.close()
+        shutil.copytree(before, root)
         process = context.Process(target=_die_at, args=(root, countdown))
         process.start()
         process.join(20)
         for clean in (False, True):
             if clean:
                 CheckpointWriter(root)
+            for path in list_checkpoints(root):
+                verify(path)
             path = find(root)
-            verify(path)
             seed = read_state(path)["seed"]
             assert seed in (2, 3, 4), countdown
             fragments = blank(whole(seed), 0, 1, 0)

@@ -32,7 +32,8 @@ def worlds(draw):
                     mine = [f"p{index}", [numel], [], {"weight": "F32", "exp_avg": "F32"}]
                     ranks[rank].append(mine)
                 offset = sum(stop - start for start, stop, _ in mine[2])
-                mine[2].append([low, high, offset])
+                # Some own more than others, so that a piece may begin inside an owner's range.
+                mine[2].append([low, draw(st.integers(high, numel)), offset])
     return world, ranks
 
 

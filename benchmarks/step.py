@@ -1,0 +1,256 @@
+"""Speed of one bf16 training step: nexa against transformers' LLaMA under torch.compile, and the GEMM peak.
+
+    python benchmarks/step.py [--out step.json]
+
+Every contestant has the same architecture and initial weights, bf16 weights and activations, fp32 master weights
+and moments, gradient clipping at norm 1, and torch's fused AdamW: the model alone differs. `engine` is the path of
+train.py (nexa.parallel.engine, DeepSpeed). Contestants take turns in one process; the median counts. The share of
+the peak is 6 FLOPs per matrix weight and token (plus attention) over the FLOP/s of a large matmul in the same dtype,
+measured between the turns. `loss` is that of the last step: all must agree to bf16's digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nexa.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from nexa.interop.huggingface import config_json
+from nexa.model.decoder import Decoder, flops_per_token
+from nexa.model.init import initialise
+
+MODEL = ModelConfig(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1376,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    max_position_embeddings=256,
+    attention="auto",
+)
+BATCH, LENGTH = 8, 256
+LR, BETAS, EPS, CLIP = 3e-4, (0.9, 0.95), 1e-8, 1.0
+GEMM_SIZE = {"cpu": 3072, "cuda": 8192}
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+class MasterAdamW:
+    """Fused AdamW on fp32 copies of bf16 parameters, with clipping; nexa's and transformers' loops share it."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.masters = [p.detach().float().requires_grad_() for p in parameters]
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clip, update, publish, and drop the gradients."""
+        gradients = [m.grad for m in self.masters if m.grad is not None]
+        torch._foreach_copy_(gradients, [p.grad for p in self.parameters])
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (CLIP / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.step()
+        torch._foreach_copy_(self.parameters, self.masters)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def fresh_decoder() -> Decoder:
+    """The decoder with the initial weights of every contestant."""
+    config = Config(model=MODEL)
+    decoder = Decoder(MODEL, config.norm)
+    initialise(decoder, MODEL, config.norm, seed=0)
+    return decoder
+
+
+def nexa_loop(device: torch.device) -> Step:
+    """nexa's decoder with compiled blocks in a bare loop."""
+    model = fresh_decoder().to(device, torch.bfloat16)
+    for block in model.model.layers:
+        block.compile()
+    optimizer = MasterAdamW(list(model.parameters()))
+
+    def step(ids: Tensor, labels: Tensor) -> Tensor:
+        loss = model(ids, labels) / labels.numel()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def nexa_engine(device: torch.device) -> Step:
+    """What train.py runs: DeepSpeed ZeRO 1 in bf16."""
+    from nexa.parallel.engine import Engine
+    from nexa.parallel.topology import connect
+
+    cfg = Config(
+        model=MODEL,
+        train=TrainConfig(
+            steps=10**6,
+            global_batch_size=BATCH,
+            micro_batch_size=BATCH,
+            precision="bf16",
+            grad_clip=CLIP,
+            compile=True,
+            device=device.type,  # type: ignore[arg-type]
+        ),
+        optim=OptimConfig(lr=LR, betas=list(BETAS), eps=EPS, weight_decay=0.0),
+        parallel=ParallelConfig(zero_stage=1),
+    )
+    engine = Engine(fresh_decoder(), cfg, connect(cfg))
+
+    def step(ids: Tensor, labels: Tensor) -> Tensor:
+        total = engine.forward_backward({"input_ids": ids, "labels": labels}, float(labels.numel()))
+        engine.step(LR)
+        return total / labels.numel()
+
+    return step
+
+
+def transformers_llama(device: torch.device) -> Step:
+    """transformers' LlamaForCausalLM, compiled as a whole, SDPA attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options = config_json(MODEL, Config().norm, eos_token_id=None)
+    model = LlamaForCausalLM(LlamaConfig(**options, attn_implementation="sdpa", use_cache=False))
+    model.load_state_dict(fresh_decoder().state_dict())
+    model = model.to(device, torch.bfloat16).train()
+    compiled = torch.compile(model)
+    optimizer = MasterAdamW(list(model.parameters()))
+
+    def step(ids: Tensor, labels: Tensor) -> Tensor:
+        # shift_labels: the labels stand already one to the left, as nexa's do
+        loss = compiled(input_ids=ids, labels=labels, shift_labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+CONTESTANTS: dict[str, Callable[[torch.device], Step]] = {
+    "nexa": nexa_loop,
+    "nexa engine": nexa_engine,
+    "transformers": transformers_llama,
+}
+
+
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of one call, with the device's work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def gemm(device: torch.device) -> Callable[[], float]:
+    """A function that measures the FLOP/s of one large bf16 matmul."""
+    size = GEMM_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    return lambda: 2 * size**3 / seconds_of(lambda: left @ right, device)
+
+
+def batches(device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that gives (input ids, labels); each call of it another batch, from the same sequence."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        rows = torch.randint(0, MODEL.vocab_size, (BATCH, LENGTH + 1), generator=generator).to(device)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    return draw
+
+
+def measure(names: list[str], device: torch.device, warmup: int, rounds: int, steps: int) -> dict[str, object]:
+    """Seconds per step of each contestant, taking turns of `steps` steps, and the GEMM peak in between."""
+    contestants = {name: CONTESTANTS[name](device) for name in names}
+    streams = {name: batches(device) for name in names}
+    losses: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    flops, matmul = [], gemm(device)
+    matmul()
+    for turn in range(rounds + 1):
+        for name, step in contestants.items():
+            for _ in range(steps if turn else warmup):
+                ids, labels = streams[name]()
+                box: list[Tensor] = []
+                taken = seconds_of(
+                    lambda step=step, ids=ids, labels=labels, box=box: box.append(step(ids, labels)), device
+                )
+                if turn:
+                    seconds[name].append(taken)
+                losses[name] = float(box[0])
+            flops += [matmul() for _ in range(3)]
+    return {"seconds": seconds, "losses": losses, "gemm_flops": max(flops)}
+
+
+def summary(found: dict, device: torch.device) -> dict[str, object]:
+    """Medians, tokens per second and shares of the peak."""
+    per_step = flops_per_token(MODEL, Config().norm, LENGTH) * BATCH * LENGTH
+    rows = {}
+    for name, times in found["seconds"].items():
+        median = statistics.median(times)
+        rows[name] = {
+            "step_seconds": median,
+            "fastest_step_seconds": min(times),
+            "tokens_per_second": BATCH * LENGTH / median,
+            "share_of_gemm_peak": per_step / median / found["gemm_flops"],
+            "loss": found["losses"][name],
+        }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in fresh_decoder().parameters()),
+        "batch": [BATCH, LENGTH],
+        "gemm_flops": found["gemm_flops"],
+        "results": rows,
+    }
+
+
+def main() -> None:
+    """Measure, print a table, write JSON when asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="steps before the first measured one, compilation included"
+    )
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each contestant")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    found = measure(arguments.only, device, arguments.warmup, arguments.rounds, arguments.steps)
+    result = summary(found, device)
+    print(f"{result['device']}, {result['threads']} threads, torch {result['torch']}")
+    print(
+        f"{result['parameters']:,} parameters, batch {BATCH} x {LENGTH}, GEMM peak {found['gemm_flops'] / 1e12:.3f} TFLOP/s"
+    )
+    print(f"{'':14}{'ms/step':>9}{'fastest':>9}{'tokens/s':>10}{'of peak':>9}{'loss':>9}")
+    for name, row in result["results"].items():  # type: ignore[attr-defined]
+        print(
+            f"{name:14}{row['step_seconds'] * 1e3:9.1f}{row['fastest_step_seconds'] * 1e3:9.1f}"
+            f"{row['tokens_per_second']:10,.0f}{row['share_of_gemm_peak']:9.1%}{row['loss']:9.4f}"
+        )
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

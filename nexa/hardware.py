@@ -1,0 +1,85 @@
+"""What the hardware can do at best, and how much memory is in use."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense matrix FLOP/s of a GPU, without sparsity, by precision; fp32 without TF32. None: it has no such unit."""
+
+    name: str
+    """Regular expression for the whole device name as CUDA reports it, without the vendor."""
+    bf16: float | None
+    fp16: float | None
+    fp32: float
+    source: str
+
+
+_NVL = "H100 NVL product brief, half of the figure with sparsity"
+_HOPPER = "H100 data sheet, half of the figure with sparsity"
+PEAKS = (
+    Peak(r"(Tesla )?V100-SXM2-\d+GB(-LS)?", None, 125e12, 15.7e12, "V100 data sheet"),
+    Peak(r"(Tesla )?V100-PCIE-\d+GB", None, 112e12, 14.0e12, "V100 data sheet"),
+    Peak(r"(Tesla )?T4", None, 65e12, 8.1e12, "T4 data sheet"),
+    Peak(r"A100-(SXM4?|PCIE)-\d+GB|A100 \d+GB PCIe", 312e12, 312e12, 19.5e12, "A100 data sheet"),
+    Peak(r"A10", 125e12, 125e12, 31.2e12, "A10 data sheet"),
+    Peak(r"A10G", 70e12, 70e12, 31.5e12, "A10G data sheet"),
+    Peak(r"A30", 165e12, 165e12, 10.3e12, "A30 data sheet"),
+    Peak(r"A40", 149.7e12, 149.7e12, 37.4e12, "A40 data sheet"),
+    Peak(r"RTX A6000", 154.8e12, 154.8e12, 38.7e12, "RTX A6000 data sheet"),
+    Peak(r"L4", 121e12, 121e12, 30.3e12, "L4 data sheet, half of the figure with sparsity"),
+    Peak(r"L40", 181e12, 181e12, 90.5e12, "L40 data sheet"),
+    Peak(r"L40S", 362e12, 362e12, 91.6e12, "L40S data sheet"),
+    Peak(r"GeForce RTX 3090", 71e12, 71e12, 35.6e12, "GA102 whitepaper, fp32 accumulation"),
+    Peak(r"GeForce RTX 4090", 165.2e12, 165.2e12, 82.6e12, "Ada whitepaper, fp32 accumulation"),
+    Peak(r"H100 PCIe", 756e12, 756e12, 51e12, _HOPPER),
+    Peak(r"H100 NVL", 835e12, 835e12, 60e12, _NVL),
+    Peak(r"H100( SXM5)? \d+GB HBM3", 989e12, 989e12, 67e12, _HOPPER),
+    Peak(r"GH200( \d+GB)?( HBM3e?)?", 989e12, 989e12, 67e12, "GH200 data sheet, half of the figure with sparsity"),
+    Peak(r"H200( SXM)?", 989e12, 989e12, 67e12, "H200 data sheet, half of the figure with sparsity"),
+    Peak(r"H200 NVL", 835e12, 835e12, 60e12, "H200 data sheet, half of the figure with sparsity"),
+    Peak(r"B200", 2250e12, 2250e12, 75e12, "HGX B200 data sheet, an eighth of its dense figure"),
+)
+
+
+def peak_of(name: str, precision: str) -> tuple[float | None, str]:
+    """(dense FLOP/s, source) of a GPU by the name CUDA gives it; (None, reason) when it is not known exactly."""
+    bare = name.removeprefix("NVIDIA ").strip()
+    for peak in PEAKS:
+        if re.fullmatch(peak.name, bare):
+            value: float | None = getattr(peak, precision)
+            return value, f"{name}, {precision} dense: {peak.source}" if value else f"{name} has no {precision} units"
+    return None, f"no data sheet figure for {name} in nexa/hardware.py"
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]:
+    """(peak FLOP/s, its source) of `device` for `precision` (fp32, bf16, fp16), the divisor of the MFU.
+
+    (None, reason) for CPUs and for GPUs without an entry: their MFU is n/a, never that of another device.
+    """
+    assert precision in PRECISIONS
+    if device.type != "cuda":
+        return None, "a CPU's peak depends on clock and cores; nexa states none"
+    import torch
+
+    return peak_of(torch.cuda.get_device_name(device), precision)
+
+
+def memory_gib(device: torch.device) -> float:
+    """GiB: peak allocated on a GPU since the start, else the process's resident memory now."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30

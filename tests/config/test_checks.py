@@ -1,0 +1,160 @@
+"""Rules between keys: each is broken once, and only for its own reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nexa.config import check, from_mapping
+from nexa.config.checks import CHECKS, problems
+from nexa.config.limits import LIMITS
+from nexa.config.schema import Config
+
+GOOD: dict[str, Any] = {"train.steps": 100}
+
+
+def config(**changed: Any) -> Config:
+    """A valid configuration with some keys changed; `__` stands for the dot."""
+    mapping: dict[str, dict[str, Any]] = {}
+    for name, value in {**GOOD, **{key.replace("__", "."): value for key, value in changed.items()}}.items():
+        group, leaf = name.split(".")
+        mapping.setdefault(group, {})[leaf] = value
+    return from_mapping(mapping)
+
+
+MIXTURE = [{"path": "a", "weight": 1.0}, {"path": "", "weight": 0.0}]
+CASES: list[tuple[dict[str, Any], int | None, str]] = [
+    # keys changed, number of processes, the problem
+    ({"train__steps": None}, None, "train.steps=null, train.tokens=null: nothing says how long to train"),
+    ({"train__tokens": 1e6}, None, "train.steps=100, train.tokens=1000000: both say how long"),
+    ({"train__stop_at": 101}, None, "train.stop_at=101: after the last of 100 steps"),
+    ({"train__steps": None, "train__tokens": 64 * 256 * 10 + 1, "train__stop_at": 12}, None, "the last of 11 steps"),
+    ({"schedule__warmup_steps": 101}, None, "schedule.warmup_steps=101: longer than the whole run of 100 steps"),
+    ({"schedule__name": "wsd", "schedule__warmup_steps": 81}, None, "20 steps of these shares are more than the run's"),
+    ({"schedule__name": "infinite", "schedule__warmup_steps": 21}, None, "lower the warm-up to at most 20"),
+    (
+        {"schedule__name": "wsd", "schedule__decay_shape": "exponential", "schedule__min_lr_ratio": 0},
+        None,
+        "schedule.min_lr_ratio=0.0: an exponential decay never reaches 0",
+    ),
+    (
+        {"schedule__name": "infinite", "schedule__constant_lr_ratio": 0.05},
+        None,
+        "schedule.constant_lr_ratio=0.05, schedule.min_lr_ratio=0.1: the constant rate is below",
+    ),
+    (
+        {"model__hidden_size": 100},
+        None,
+        "model.num_attention_heads=8: heads must divide the width; set model.hidden_size=96 or 104, or model.head_dim",
+    ),
+    ({"model__hidden_size": 24}, None, "the head size 3 must be even for rotary embedding"),
+    ({"model__head_dim": 33}, None, "model.head_dim=33: rotary embedding pairs coordinates; must be even"),
+    ({"model__num_key_value_heads": 3}, None, "must divide model.num_attention_heads=8: one of 1, 2, 4, 8"),
+    ({"model__num_key_value_heads": 16}, None, "model.num_key_value_heads=16: must divide"),
+    ({"data__sequence_length": 2048}, None, "longer than model.max_position_embeddings=1024; set model.max_position"),
+    ({"model__attention": "flash", "train__device": "cpu"}, None, "model.attention=flash: flash-attn needs a GPU"),
+    ({"model__attention": "flash"}, None, "model.attention=flash: flash-attn computes in bf16 and fp16 only"),
+    (
+        {"norm__placement": "mix", "norm__mix_post_layers": 13},
+        None,
+        "norm.mix_post_layers=13: at most model.num_hidden_layers=12",
+    ),
+    ({"norm__placement": "mix", "norm__mix_post_layers": -1}, None, "norm.mix_post_layers=-1: must be at least 0"),
+    ({"norm__mix_post_layers": 3}, None, "only norm.placement=mix has it, not pre"),
+    ({"norm__placement": "hybrid", "norm__qk": "rms"}, None, "norm.qk=rms: norm.placement=hybrid already normalises"),
+    ({"norm__placement": "hybrid_star", "norm__qk": "cosine"}, None, "set norm.qk=none"),
+    ({"norm__residual_gain": True}, None, "only norm.placement=normformer has it, not pre"),
+    ({"norm__deepnorm_alpha": 2.0}, None, "norm.deepnorm_alpha=2.0: only norm.placement=deepnorm has it"),
+    ({"train__global_batch_size": 60}, None, "train.global_batch_size=60: not a multiple of train.micro_batch_size=8"),
+    ({"train__global_batch_size": 60}, 1, "= 8; set train.global_batch_size=56 or 64, or train.micro_batch_size=6"),
+    ({}, 3, "train.micro_batch_size=8 x 3 data-parallel ranks = 24; set train.global_batch_size=48 or 72"),
+    ({"train__micro_batch_size": 128}, 1, "set train.global_batch_size=128, or train.micro_batch_size=64"),
+    ({"train__precision": "fp16", "train__device": "cpu"}, None, "train.precision=fp16: meant for GPUs"),
+    ({"data__source": ""}, None, "data.source='': give `embedded`"),
+    ({"data__source": "embeded"}, None, "data.source=embeded: did you mean embedded?"),
+    ({"data__source": []}, None, "data.source=[]: a mixture needs at least one"),
+    ({"data__source": MIXTURE[1:]}, None, "data.source[0].path='': give the packed store"),
+    ({"data__tokenizer": "bytes", "model__vocab_size": 200}, None, "data.tokenizer=bytes has at least 256 tokens"),
+    ({"data__tokenizer_vocab_size": 33000}, None, "more tokens than the model.vocab_size=32000 rows"),
+    ({"data__tokenizer_vocab_size": 99, "data__source": "store"}, None, "which data.source=store, data.tokenizer=null"),
+    ({"eval__sources": []}, None, "eval.sources=[]: list packed stores"),
+    ({"log__sample_tokens": 1025}, None, "log.sample_tokens=1025: at most model.max_position_embeddings=1024"),
+    ({"optim__betas": [0.9]}, None, "optim.betas=[0.9]: must be two numbers"),
+    ({"optim__betas": [0.9, 1.0]}, None, "optim.betas=[0.9, 1.0]: every number must be in [0, 1)"),
+    ({"resume__mode": "continue"}, None, "resume.path=null: resume.mode=continue needs a checkpoint"),
+    ({"resume__mode": "new_schedule"}, None, "resume.mode=new_schedule needs a checkpoint"),
+    ({"resume__path": "runs/a"}, None, "resume.path=runs/a: resume.mode=auto does not read it"),
+    ({"checkpoint__permanent_every": 700}, None, "not a multiple of checkpoint.every=500"),
+    ({"checkpoint__every": 0, "checkpoint__permanent_every": 10}, None, "no checkpoints are written"),
+    ({"run__name": " "}, None, "run.name='': must not be empty"),
+    ({"parallel__sequence": True}, None, "parallel.sequence=true: sequence parallelism needs tensor parallelism"),
+    ({"optim__lr": 0}, None, "optim.lr=0.0: must be greater than 0"),
+    ({"parallel__zero_stage": 4}, None, "parallel.zero_stage=4: must be in [0, 3]"),
+    ({"schedule__min_lr_ratio": 1.5}, None, "schedule.min_lr_ratio=1.5: must be in [0, 1]"),
+    ({"log__every": -1}, None, "log.every=-1: must be at least 0"),
+]
+
+
+def test_a_good_configuration_has_no_problem():
+    assert check(config()) == []
+    assert check(config(), world_size=8) == []
+    assert check(config(norm__placement="mix", norm__mix_post_layers=12)) == []
+    assert check(config(schedule__name="wsd", schedule__warmup_steps=80)) == []
+    assert check(config(schedule__name="infinite", schedule__warmup_steps=20)) == []
+    assert check(config(model__hidden_size=100, model__head_dim=16)) == []
+    assert check(config(train__steps=None, train__tokens=1)) == []
+
+
+@pytest.mark.parametrize(("changed", "world", "problem"), CASES, ids=[case[2][:50] for case in CASES])
+def test_a_broken_rule_is_named(changed: dict[str, Any], world: int | None, problem: str):
+    found = check(config(**changed), world)
+    assert any(problem in text for text in found), found
+    assert len(found) == (2 if "[0].path" in problem else 1), found
+
+
+def test_tensor_parallelism_must_divide_everything_and_is_not_built():
+    found = check(config(parallel__tensor=3), world_size=4)
+    named = [text.split("=")[0] for text in found]
+    # Heads, feed-forward and vocabulary: 8, 1368 = 3 * 456, 32000.
+    assert named == ["parallel.tensor", "model.num_attention_heads", "model.vocab_size", "parallel.tensor"]
+    assert "must divide the number of processes, 4: one of 1, 2, 4" in found[0]
+    assert "set model.vocab_size=31998 or 32001" in found[2]
+    assert "not built yet" in found[3]
+
+
+def test_every_rule_is_broken_by_some_case():
+    tried = [(config(**changed), world) for changed, world, _ in CASES] + [(config(parallel__tensor=3), 4)]
+    silent = [each.rule.__name__ for each in CHECKS if not any(list(each.rule(cfg, world)) for cfg, world in tried)]
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", sorted(LIMITS))
+def test_every_limit_excludes_minus_one(name: str):
+    group, leaf = name.split(".")
+    value = [-1.0, 0.5] if name == "optim.betas" else -1
+    found = check(
+        from_mapping({"train": {"steps": 100}} | {group: {**({"steps": 100} if group == "train" else {}), leaf: value}})
+    )
+    assert any(text.startswith(f"{name}=") and "must be" in text for text in found), found
+
+
+def test_no_rule_judges_a_key_that_is_already_wrong():
+    broken = config(schedule__warmup_steps=1000, train__steps=0)
+    assert [text.split("=")[0] for text in check(broken)] == ["train.steps"]
+    assert problems(config(schedule__warmup_steps=1000), None, {"schedule.warmup_steps"}) == []
+
+
+def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "train.device=cuda: PyTorch finds no GPU" in check(config(train__device="cuda"))[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check(config(train__device="cuda")) == []
+
+
+def test_problems_come_together():
+    found = check(
+        config(train__stop_at=1000, model__hidden_size=100, optim__lr=-1, norm__qk="rms", norm__placement="hybrid")
+    )
+    assert [text.split("=")[0] for text in found] == ["optim.lr", "train.stop_at", "model.hidden_size", "norm.qk"]

@@ -1,0 +1,61 @@
+"""Peak FLOP/s: the device's own or none."""
+
+import pytest
+import torch
+
+from nexa.hardware import memory_gib, peak_flops, peak_of
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100-PCIE-40GB", "fp16", 312),
+        ("NVIDIA A100 80GB PCIe", "fp32", 19.5),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H100 NVL", "bf16", 835),
+        ("NVIDIA H200", "bf16", 989),
+        ("NVIDIA GH200 480GB", "bf16", 989),
+        ("NVIDIA B200", "bf16", 2250),
+        ("NVIDIA L40S", "bf16", 362),
+        ("NVIDIA L40", "bf16", 181),
+        ("NVIDIA A10", "bf16", 125),
+        ("NVIDIA A10G", "bf16", 70),
+        ("Tesla V100-SXM2-16GB", "fp16", 125),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+    ],
+)
+def test_known(name, precision, teraflops):
+    value, source = peak_of(name, precision)
+    assert value == pytest.approx(teraflops * 1e12)
+    assert name in source
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA H20",
+        "NVIDIA H800",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA A1000",
+        "AMD Instinct MI300X",
+        "",
+    ],
+)
+def test_unknown_gets_no_other_gpus_figure(name):
+    assert peak_of(name, "bf16")[0] is None
+
+
+def test_no_such_unit():
+    assert peak_of("Tesla V100-SXM2-16GB", "bf16") == (None, "Tesla V100-SXM2-16GB has no bf16 units")
+
+
+def test_cpu():
+    assert peak_flops(torch.device("cpu"), "bf16")[0] is None
+    before = memory_gib(torch.device("cpu"))
+    block = torch.ones(64 << 20)  # 256 MiB, touched
+    assert memory_gib(torch.device("cpu")) - before == pytest.approx(0.25, abs=0.1)
+    del block
