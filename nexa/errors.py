@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+SECONDS_FOR_RANK_0 = 3.0
 
 
 class UserError(Exception):
@@ -29,13 +33,27 @@ class ConfigError(UserError):
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+def _report(error: UserError) -> None:
+    """Print the message once for all ranks of a run.
+
+    Most mistakes are found by every rank. Rank 0 speaks at once and the launcher then ends the others;
+    one that lives on after a while is the only one that knows.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_FOR_RANK_0)
+    where = f"[rank {rank}] " if rank > 0 else ""
+    print(f"nexa: error: {where}{error}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """End the process with code 2 and one message on a `UserError`, 130 on Ctrl-C."""
     try:
         yield
     except UserError as error:
-        print(f"nexa: error: {error}", file=sys.stderr, flush=True)
+        _report(error)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("nexa: interrupted", file=sys.stderr, flush=True)

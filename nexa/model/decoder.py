@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.attention import AttentionContext, document_boundaries, document_mask
 from nexa.model.block import Block
-from nexa.model.loss import linear_cross_entropy
+from nexa.model.loss import Kernel, compiled_kernel, linear_cross_entropy, nll_and_gradient
 from nexa.model.norms import build_norm
 from nexa.model.placement import block_plans, has_final_norm
 from nexa.model.rope import rope_tables
@@ -22,12 +22,14 @@ class Head(nn.Linear):
     """
 
     chunk_tokens: int = 4096
+    kernel: Kernel = staticmethod(nll_and_gradient)
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """hidden [B, T, d] -> logits [B, T, V], or with labels [B, T] the summed loss, scalar."""
         if labels is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten(), self.chunk_tokens)
+        flat = hidden.flatten(0, 1), self.weight, labels.flatten()
+        return linear_cross_entropy(*flat, self.chunk_tokens, self.kernel)
 
 
 class DecoderStack(nn.Module):
@@ -93,6 +95,12 @@ class Decoder(nn.Module):
         data.sequence_length with model.max_position_embeddings.
         """
         return self.lm_head(self.model(input_ids, document_ids), labels)
+
+    def compile_parts(self) -> None:
+        """torch.compile where it pays: each block (one compilation serves all equal ones) and the loss."""
+        for block in self.model.layers:
+            block.compile()
+        self.lm_head.kernel = compiled_kernel()
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:

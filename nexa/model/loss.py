@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 IGNORED = -100
+
+
+Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -14,18 +20,40 @@ def nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits [N, V] in any dtype, labels [N] int64 with IGNORED where nothing is scored. The sum is fp32
     (fp64 for fp64 logits); the gradient has the logits' dtype.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    scored = labels != IGNORED
+    target = labels.clamp_min(0)[:, None]
+    log_p = logits.log_softmax(-1, dtype=_wide(logits))
+    nll = -(log_p.gather(-1, target)[:, 0] * scored).sum()
+    # in place: passes over N x V fp32 numbers are what this function costs
+    gradient = log_p.exp_().scatter_add_(-1, target, log_p.new_full(target.shape, -1.0))
+    return nll, gradient.mul_(scored[:, None]).to(logits.dtype)
+
+
+def fusible_nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`nll_and_gradient` without scatter, which torch.compile turns into three reads of the logits and one write."""
+    wide = logits.to(_wide(logits))
     scored = labels != IGNORED
     target = labels.clamp_min(0)[:, None]
     log_partition = wide.logsumexp(-1, keepdim=True)
     nll = ((log_partition - wide.gather(-1, target))[:, 0] * scored).sum()
-    gradient = (wide - log_partition).exp()
-    gradient = gradient.scatter_add(-1, target, gradient.new_full(target.shape, -1.0))
-    return nll, (gradient * scored[:, None]).to(logits.dtype)
+    hit = torch.arange(logits.shape[-1], device=logits.device) == target
+    gradient = ((wide - log_partition).exp() - hit.to(wide.dtype)) * scored[:, None]
+    return nll, gradient.to(logits.dtype)
+
+
+@functools.cache
+def compiled_kernel() -> Kernel:
+    """The compiled one, made once; compilation itself waits for the first call."""
+    kernel: Kernel = torch.compile(fusible_nll_and_gradient)
+    return kernel
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = logits.to(_wide(logits))
     return torch.nn.functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
 
 
@@ -34,17 +62,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, *args: object) -> Tensor:
-        """(hidden [N, d], weight [V, d], labels [N], chunk) -> sum of the losses, scalar."""
-        hidden, weight, labels, chunk = args
+        """(hidden [N, d], weight [V, d], labels [N], chunk, kernel) -> sum of the losses, scalar."""
+        hidden, weight, labels, chunk, kernel = args
         assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
-        assert isinstance(labels, Tensor) and isinstance(chunk, int)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        assert isinstance(labels, Tensor) and isinstance(chunk, int) and callable(kernel)
+        wide = _wide(hidden)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
         weight_grad: Tensor | None = None
         for start in range(0, hidden.shape[0], chunk):
             part = hidden[start : start + chunk]
-            nll, gradient = nll_and_gradient(part @ weight.t(), labels[start : start + chunk])
+            nll, gradient = kernel(part @ weight.t(), labels[start : start + chunk])
             total += nll
             hidden_grad[start : start + chunk] = gradient @ weight
             product = gradient.t() @ part
@@ -58,21 +86,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the stored gradients by the gradient of the sum."""
         hidden_grad, weight_grad = ctx.saved_tensors  # type: ignore[attr-defined]
         (scale,) = grads
-        return hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale).to(hidden_grad.dtype), None, None
+        scaled = hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale).to(hidden_grad.dtype)
+        return *scaled, None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, kernel: Kernel = nll_and_gradient
+) -> Tensor:
     """Sum over scored tokens of the cross-entropy of softmax(hidden @ weight^T), a scalar.
 
     hidden [N, d], weight [V, d], labels [N] (IGNORED: not scored). At most `chunk` x V logits exist at
-    once. Divide by the number of scored tokens of the whole global batch for the mean.
+    once; `kernel` makes their gradient. Divide by the number of scored tokens of the whole global batch for the mean.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        result = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)
+        result = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, kernel)
         assert isinstance(result, Tensor)
         return result
     parts = [

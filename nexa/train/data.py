@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from data_pipeline.embedded import embedded_store
 from torch import Tensor
 
 from data_pipeline.batches import Batch, TrainBatches, ValidationRows
+from data_pipeline.embedded import embedded_store
 from data_pipeline.store import PackedStore, available_splits, open_store
 from nexa.config.schema import Config
 from nexa.errors import UserError

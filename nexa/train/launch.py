@@ -16,7 +16,7 @@ from nexa.config.schema import Config
 from nexa.errors import EXIT_INTERRUPTED, UserError
 from nexa.hardware import peak_flops
 from nexa.interop.huggingface import config_json
-from nexa.model.decoder import Decoder, flops_per_token
+from nexa.model.decoder import Decoder, flops_per_token, parameter_count
 from nexa.model.init import initialise
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import Topology, connect, disconnect
@@ -66,32 +66,35 @@ def _checkpoint_files(store: PackedStore) -> dict[str, Path]:
     return {} if store.tokenizer_path is None else {"tokenizer.json": store.tokenizer_path}
 
 
-def _announce(cfg: Config, topology: Topology, parameters: int, trainer: Trainer) -> None:
-    peak, source = peak_flops(topology.device, cfg.train.precision)
+def _announce(cfg: Config, topology: Topology) -> None:
+    """What is about to run, before anything is allocated."""
+    count = parameter_count(cfg.model, cfg.norm)
     per_step = cfg.train.global_batch_size * cfg.data.sequence_length
     logger.info(
-        "run %s: %s placement, %.2fM parameters, %s",
+        "%s: %s placement, %d blocks, %.2fM parameters, %s",
         cfg.run.dir,
         cfg.norm.placement,
-        parameters / 1e6,
+        cfg.model.num_hidden_layers,
+        count / 1e6,
         cfg.train.precision,
     )
     logger.info(
         "%d rank(s) on %s, ZeRO stage %d; batch %d x %d = %d tokens a step, %d steps, %s tokens in all",
         topology.world_size,
         topology.device.type,
-        trainer.engine.stage,
+        cfg.parallel.zero_stage,
         cfg.train.global_batch_size,
         cfg.data.sequence_length,
         per_step,
-        trainer.total_steps,
-        quantity(per_step * trainer.total_steps),
+        cfg.total_steps,
+        quantity(per_step * cfg.total_steps),
     )
+    peak, source = peak_flops(topology.device, cfg.train.precision)
     mfu = f"{peak / 1e12:.0f} TFLOP/s ({source})" if peak is not None else f"n/a ({source})"
     logger.info("peak for MFU: %s; loss of a uniform guess: %.4f", mfu, math.log(cfg.model.vocab_size))
 
 
-def _build(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer:
+def build_trainer(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer:
     """Everything up to the first step. Data before the model: its mistakes are found in a second."""
     sources = open_sources(cfg, topology)
     stores = sources.stores
@@ -100,7 +103,6 @@ def _build(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer:
     identity = data_identity(cfg, stores)
     origin = resume.agree(topology, resume.choose(cfg, folder.checkpoints) if topology.is_main else None)
     model = Decoder(cfg.model, cfg.norm, cfg.train.loss_chunk_tokens)
-    parameters = sum(p.numel() for p in model.parameters())
     if origin is None:
         initialise(model, cfg.model, cfg.norm, cfg.train.seed)
     engine = Engine(model, cfg, topology)
@@ -112,10 +114,7 @@ def _build(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer:
     checkpoint = CheckpointHook(folder.checkpoints, exported, _checkpoint_files(stores[0]), identity)
     flops = flops_per_token(cfg.model, cfg.norm, cfg.data.sequence_length)
     peak, _ = peak_flops(topology.device, cfg.train.precision)
-    trainer = Trainer(cfg, engine, data, state, build_hooks(cfg, validation, checkpoint), flops, peak)
-    if topology.is_main:
-        _announce(cfg, topology, parameters, trainer)
-    return trainer
+    return Trainer(cfg, engine, data, state, build_hooks(cfg, validation, checkpoint), flops, peak)
 
 
 def _outcome(trainer: Trainer) -> int:
@@ -140,8 +139,9 @@ def run(cfg: Config) -> int:
     folder = RunFolder(cfg)
     if topology.is_main:
         folder.open(cfg, topology)
+        _announce(cfg, topology)
     dist.barrier(group=topology.control_group)
-    trainer = _build(cfg, topology, folder)
+    trainer = build_trainer(cfg, topology, folder)
     if trainer.finished:
         logger.info("run %s is complete at step %d; nothing to do", folder.path, trainer.state.step)
         disconnect()

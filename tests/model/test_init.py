@@ -16,7 +16,12 @@ D, F, L, V = 128, 192, 3, 512
 
 def build(rule: str = "normal", placement: str = "pre", layers: int = L, seed: int = 0) -> dict[str, torch.Tensor]:
     model = ModelConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=layers, num_attention_heads=4, initializer=rule
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        initializer=rule,
     )
     norm = NormConfig(placement=placement)  # type: ignore[arg-type]
     decoder = Decoder(model, norm)
@@ -32,7 +37,8 @@ FORMULAS = {
     "small_init": (*(math.sqrt(0.4 / D),) * 3, 2 / (L * math.sqrt(D)), math.sqrt(0.4 / D), 2 / (L * math.sqrt(D))),
     "tiny_init": (0.5, *(math.sqrt(1 / (2 * D * L)),) * 5),
     "full_megatron": (
-        math.sqrt(0.4 / D), D**-0.5, math.sqrt(0.4 / D), math.sqrt(0.4 / D / (2 * L)), math.sqrt(0.4 / D), math.sqrt(0.4 / D / (2 * L)),
+        math.sqrt(0.4 / D), D**-0.5, math.sqrt(0.4 / D),
+        math.sqrt(0.4 / D / (2 * L)), math.sqrt(0.4 / D), math.sqrt(0.4 / D / (2 * L)),
     ),
     "xavier": (0.02, 0.02, math.sqrt(1 / D), math.sqrt(1 / D), math.sqrt(2 / (D + F)), math.sqrt(2 / (D + F))),
 }  # fmt: skip
@@ -77,8 +83,12 @@ def test_deepnorm_gain_is_beta_on_value_output_and_feed_forward() -> None:
 def test_dssn_output_gains() -> None:
     state = build(placement="dssn")
     for block in range(L):
-        assert state[f"model.layers.{block}.attn_norm.output.weight"].unique().item() == pytest.approx(0.283 / math.sqrt(L))
-        assert state[f"model.layers.{block}.mlp_norm.output.weight"].unique().item() == pytest.approx(0.432 / math.sqrt(L))
+        assert state[f"model.layers.{block}.attn_norm.output.weight"].unique().item() == pytest.approx(
+            0.283 / math.sqrt(L)
+        )
+        assert state[f"model.layers.{block}.mlp_norm.output.weight"].unique().item() == pytest.approx(
+            0.432 / math.sqrt(L)
+        )
 
 
 def test_weights_depend_on_seed_and_name_only() -> None:
@@ -86,7 +96,9 @@ def test_weights_depend_on_seed_and_name_only() -> None:
     for name in shallow:
         assert torch.equal(shallow[name], deep[name])
     assert not torch.equal(shallow[NAMES[0]], other[NAMES[0]])
-    assert not torch.equal(shallow["model.layers.0.self_attn.q_proj.weight"], shallow["model.layers.1.self_attn.q_proj.weight"])
+    assert not torch.equal(
+        shallow["model.layers.0.self_attn.q_proj.weight"], shallow["model.layers.1.self_attn.q_proj.weight"]
+    )
 
 
 def test_roles_and_layers_from_names() -> None:
@@ -99,7 +111,12 @@ def test_roles_and_layers_from_names() -> None:
 
 @pytest.mark.parametrize(
     ("size", "count"),
-    [((512, 1376, 8, 8), 58.07), ((768, 2048, 12, 12), 134.11), ((1024, 2736, 24, 16), 367.97), ((2048, 5461, 24, 32), 1339.08)],
+    [
+        ((512, 1376, 8, 8), 58.07),
+        ((768, 2048, 12, 12), 134.11),
+        ((1024, 2736, 24, 16), 367.97),
+        ((2048, 5461, 24, 32), 1339.08),
+    ],
 )
 def test_parameter_counts_of_the_c4_sizes(size: tuple[int, int, int, int], count: float) -> None:
     hidden, intermediate, layers, heads = size

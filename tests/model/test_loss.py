@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nexa.model.loss import IGNORED, linear_cross_entropy
+from nexa.model.loss import (
+    IGNORED,
+    compiled_kernel,
+    fusible_nll_and_gradient,
+    linear_cross_entropy,
+    nll_and_gradient,
+)
 
 
 def inputs(dtype=torch.float64, tokens=37, width=12, vocab=29):
@@ -61,3 +67,20 @@ def test_backward_keeps_no_logits() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         linear_cross_entropy(hidden, weight, labels, 64)
     assert sum(saved) == hidden.numel() + weight.numel() < 512 * 1000 / 10
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_fusible_kernel_computes_the_same(compiled: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits, labels = (3 * torch.randn(21, 50)).to(dtype), torch.randint(0, 50, (21,))
+    labels[[0, 7, 20]] = IGNORED
+    kernel = compiled_kernel() if compiled else fusible_nll_and_gradient
+    (nll, gradient), (other_nll, other) = kernel(logits, labels), nll_and_gradient(logits, labels)
+    assert gradient.dtype == other.dtype == dtype
+    torch.testing.assert_close(nll, other_nll, rtol=1e-6, atol=0)
+    # one rounding to the logits' dtype may fall on either side
+    torch.testing.assert_close(
+        gradient.double(), other.double(), rtol=2**-8 if dtype == torch.bfloat16 else 1e-12, atol=1e-9
+    )
+    assert (gradient[[0, 7, 20]] == 0).all()

@@ -12,7 +12,12 @@ from tests.model.reference import Reference
 
 LAYERS = 4
 SHAPE = dict(
-    vocab_size=53, hidden_size=24, intermediate_size=40, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=53,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
 
 
@@ -33,11 +38,21 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
     ids = torch.randint(0, 53, (2, 11), generator=generator)
     labels = torch.randint(0, 53, (2, 11), generator=generator)
     state = {name: p.detach().clone().requires_grad_() for name, p in decoder.named_parameters()}
-    options = {k: getattr(norm, k) for k in ("qk", "embedding", "residual_gain", "mix_alpha", "mix_post_layers", "deepnorm_alpha")}
+    options = {
+        k: getattr(norm, k)
+        for k in ("qk", "embedding", "residual_gain", "mix_alpha", "mix_post_layers", "deepnorm_alpha")
+    }
     if norm.final is not None:
         options["final"] = norm.final
     reference = Reference(
-        state, heads=4, kv_heads=2, layers=LAYERS, placement=norm.placement, kind=norm.kind, eps=norm.eps or 1e-6, **options
+        state,
+        heads=4,
+        kv_heads=2,
+        layers=LAYERS,
+        placement=norm.placement,
+        kind=norm.kind,
+        eps=norm.eps or 1e-6,
+        **options,
     )
     expected = reference.logits(ids, documents)
     actual = decoder(ids, document_ids=documents)
@@ -48,7 +63,9 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
     for name, parameter in decoder.named_parameters():
         assert parameter.grad is not None, name
         assert state[name].grad is not None, f"{name} is not used by the reference"
-        torch.testing.assert_close(parameter.grad, state[name].grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, state[name].grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
@@ -109,7 +126,14 @@ def test_mix_ends_are_pre_and_post(post: int, other: str) -> None:
 
 
 def test_mix_rounds_down_and_survives_binary_fractions() -> None:
-    for layers, alpha, expected in [(12, 0.25, 3), (24, 0.25, 6), (10, 0.25, 2), (32, 0.0625, 2), (10, 0.3, 3), (7, 1.0, 7)]:
+    for layers, alpha, expected in [
+        (12, 0.25, 3),
+        (24, 0.25, 6),
+        (10, 0.25, 2),
+        (32, 0.0625, 2),
+        (10, 0.3, 3),
+        (7, 1.0, 7),
+    ]:
         assert post_layers(NormConfig(placement="mix", mix_alpha=alpha), layers) == expected
 
 
@@ -132,7 +156,14 @@ EXPECTED_NORMS = {
     # block parameters beside the matrices, by the contract's table; block 0 then block 1
     "pre": (["input_layernorm.weight", "post_attention_layernorm.weight"],) * 2,
     "post": (["attn_norm.residual.weight", "mlp_norm.residual.weight"],) * 2,
-    "peri": (["attn_norm.output.weight", "input_layernorm.weight", "mlp_norm.output.weight", "post_attention_layernorm.weight"],)
+    "peri": (
+        [
+            "attn_norm.output.weight",
+            "input_layernorm.weight",
+            "mlp_norm.output.weight",
+            "post_attention_layernorm.weight",
+        ],
+    )
     * 2,
     "reordered": (["attn_norm.output.weight", "mlp_norm.output.weight"],) * 2,
     "hybrid": (["attn_norm.residual.weight", *(f"self_attn.{n}_norm.weight" for n in "kqv")],) * 2,

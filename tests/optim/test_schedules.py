@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -64,12 +65,18 @@ def test_infinite_golden_values(shape: str, at_3050: float) -> None:
     name=st.sampled_from(sorted(SCHEDULES)), total=st.integers(1, 500), warmup=st.integers(0, 100),
     floor=st.floats(0.0, 1.0), decay=st.floats(0.0, 0.4),
 )  # fmt: skip
-def test_every_schedule_stays_between_floor_and_peak(name: str, total: int, warmup: int, floor: float, decay: float) -> None:
+def test_every_schedule_stays_between_floor_and_peak(
+    name: str, total: int, warmup: int, floor: float, decay: float
+) -> None:
     cfg = ScheduleConfig(
-        name, warmup_steps=min(warmup, total), min_lr_ratio=floor, decay_fraction=decay, constant_lr_ratio=max(floor, 0.5)  # type: ignore[arg-type]
+        name,
+        warmup_steps=min(warmup, total),
+        min_lr_ratio=floor,
+        decay_fraction=decay,
+        constant_lr_ratio=max(floor, 0.5),  # type: ignore[arg-type]
     )
     rates = [learning_rate(s, 2.0, total, cfg) for s in range(total)]
     after = rates[cfg.warmup_steps :]
     assert all(0 <= r <= 2.0 + 1e-12 for r in rates)
     assert all(r >= 2.0 * floor - 1e-9 for r in after)
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in pairwise(after))

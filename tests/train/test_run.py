@@ -95,7 +95,13 @@ def test_run_folder_and_metrics(unbroken: Path) -> None:
 
 def test_the_saved_config_reproduces_the_run(unbroken: Path, tmp_path: Path) -> None:
     done = run_command(
-        "train.py", "--config-dir", str(unbroken), "--config-name", "config", f"run.dir={tmp_path}/again", "checkpoint.every=0"
+        "train.py",
+        "--config-dir",
+        str(unbroken),
+        "--config-name",
+        "config",
+        f"run.dir={tmp_path}/again",
+        "checkpoint.every=0",
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "again") == losses(unbroken)
@@ -197,9 +203,16 @@ def test_validation_does_not_depend_on_batching(unbroken: Path, embedded_cache: 
     """The whole split, scored with other batch sizes and ranks on the same weights."""
     found = []
     for name, micro, processes in (("a", 8, 0), ("b", 1, 0), ("c", 4, 2)):
-        options = ("resume.mode=continue", f"resume.path={unbroken}/checkpoints/step_00000008", "train.stop_at=9", "eval.every=9")
+        options = (
+            "resume.mode=continue",
+            f"resume.path={unbroken}/checkpoints/step_00000008",
+            "train.stop_at=9",
+            "eval.every=9",
+        )
         run_dir = tmp_path / name
-        train(embedded_cache, run_dir, *options, "eval.batches=4", f"train.micro_batch_size={micro}", processes=processes)
+        train(
+            embedded_cache, run_dir, *options, "eval.batches=4", f"train.micro_batch_size={micro}", processes=processes
+        )
         found.append(next(value for key, value in rows(run_dir)[-1].items() if key.startswith("val/")))
     assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-6)
 
@@ -238,7 +251,10 @@ def test_trackers_offline(embedded_cache: Path, tmp_path: Path) -> None:
 def test_wandb_online_without_key_goes_offline(embedded_cache: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "keyless"
     done = run_command(
-        *arguments(embedded_cache, run_dir, "log.wandb=online", "train.steps=2"), HOME=str(tmp_path), WANDB_API_KEY="", WANDB_MODE=""
+        *arguments(embedded_cache, run_dir, "log.wandb=online", "train.steps=2"),
+        HOME=str(tmp_path),
+        WANDB_API_KEY="",
+        WANDB_MODE="",
     )
     assert done.returncode == 0, done.stderr
     assert "no API key" in done.stdout

@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nexa.errors import UserError
 from nexa.train.hook import Hook, Row
@@ -36,10 +36,10 @@ class WandbHook(Hook):
         """Open the run: offline when asked, or when there is no key or no answer."""
         if not trainer.topology.is_main:
             return
-        mode = trainer.config.log.wandb
-        if mode == "online" and not _has_key():
+        wanted = trainer.config.log.wandb == "online"
+        if wanted and not _has_key():
             logger.warning("W&B: no API key (WANDB_API_KEY or `wandb login`); logging offline")
-            mode = "offline"
+        mode: Literal["online", "offline"] = "online" if wanted and _has_key() else "offline"
         try:
             self._open(trainer, mode)
         except Exception as error:
@@ -52,7 +52,7 @@ class WandbHook(Hook):
             except Exception as again:
                 logger.warning("W&B is off: %s", again)
 
-    def _open(self, trainer: Trainer, mode: str) -> None:
+    def _open(self, trainer: Trainer, mode: Literal["online", "offline"]) -> None:
         import wandb
 
         settings = wandb.Settings(

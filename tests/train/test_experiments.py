@@ -1,0 +1,63 @@
+"""Every file of conf/exp, with the model shrunk from the command line, takes two steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nexa.config import check, compose
+from nexa.model.decoder import parameter_count
+from nexa.parallel.topology import Topology, connect, disconnect
+from nexa.train.folder import RunFolder
+from nexa.train.launch import build_trainer
+from tests.conftest import REPOSITORY
+
+EXPERIMENTS = sorted(path.stem for path in (REPOSITORY / "conf" / "exp").glob("*.yaml"))
+SHRINK = [
+    "model.vocab_size=300",
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_hidden_layers=4",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "data.sequence_length=16",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "train.steps=2",
+    "schedule.warmup_steps=1",
+    "eval.batches=1",
+    "log.every=1",
+    "log.sample_tokens=0",
+    "log.plot=false",
+]
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    yield connect(compose(["+exp=quickstart"]))
+    disconnect()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_two_steps(name: str, topology: Topology, embedded_cache: Path, tmp_path: Path) -> None:
+    cfg = compose([f"+exp={name}", *SHRINK, f"data.cache_dir={embedded_cache}", f"run.dir={tmp_path}"])
+    assert check(cfg, world_size=1) == []
+    folder = RunFolder(cfg)
+    folder.open(cfg, topology)
+    trainer = build_trainer(cfg, topology, folder)
+    trainer.fit()
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 2
+    assert trainer.state.step == 2
+    assert (tmp_path / "checkpoints" / "step_00000002" / "COMPLETE").exists()
+    loss = float(rows[0].split('"loss": ')[1].split(",")[0])
+    assert math.isfinite(loss)
+
+
+def test_mixln_1b_has_the_published_size() -> None:
+    cfg = compose(["+exp=mixln_1b"])
+    assert parameter_count(cfg.model, cfg.norm) == 1_339_082_752
+    assert cfg.train.global_batch_size * cfg.data.sequence_length == 131_072
