@@ -97,9 +97,10 @@ class Decoder(nn.Module):
         return self.lm_head(self.model(input_ids, document_ids), labels)
 
     def compile_parts(self) -> None:
-        """torch.compile where it pays: each block (one compilation serves all equal ones) and the loss."""
-        for block in self.model.layers:
-            block.compile()
+        """torch.compile where it pays: each block (one compilation serves all equal ones), norms and the loss."""
+        for part in (*self.model.layers, self.model.embed_norm, self.model.norm):
+            if part is not None:
+                part.compile()
         self.lm_head.kernel = compiled_kernel()
 
 
