@@ -83,3 +83,19 @@ def memory_gib(device: torch.device) -> float:
     import psutil
 
     return psutil.Process().memory_info().rss / 2**30
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what PyTorch frees on the CPU, for the rest of the process; whether that was possible.
+
+    CPU tensors have no caching allocator, and glibc gives every freed block above 32 MiB back to the kernel, which
+    zeroes its pages again in the next step. Resident memory then stays at its peak. Call it before training.
+    """
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # macOS, musl
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
+    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))

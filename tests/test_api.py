@@ -27,10 +27,13 @@ SHRUNK = [
 
 
 def test_import_is_light():
-    done = run_command("-c", IMPORT)
-    seconds, rest = done.stdout.split(" ", 1)
-    assert rest == f"[] {nexa.__version__}\n", done.stderr
-    assert float(seconds) < 0.3
+    seconds = []
+    for _ in range(3):  # the best of three: a busy machine is not the package's fault
+        done = run_command("-c", IMPORT)
+        taken, rest = done.stdout.split(" ", 1)
+        assert rest == f"[] {nexa.__version__}\n", done.stderr
+        seconds.append(float(taken))
+    assert min(seconds) < 0.3
 
 
 def test_unknown_names_are_attribute_errors():

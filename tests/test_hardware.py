@@ -1,9 +1,12 @@
 """Peak FLOP/s: the device's own or none."""
 
+import platform
+
 import pytest
 import torch
 
 from nexa.hardware import memory_gib, peak_flops, peak_of
+from tests.conftest import run_command
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,29 @@ def test_cpu():
     block = torch.ones(64 << 20)  # 256 MiB, touched
     assert memory_gib(torch.device("cpu")) - before == pytest.approx(0.25, abs=0.1)
     del block
+
+
+FAULTS = """
+import resource, torch
+from nexa.hardware import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(20 << 20)  # 80 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+kept = keep_freed_memory()
+faults()
+print(kept, before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_is_not_faulted_in_again():
+    done = run_command("-c", FAULTS)
+    kept, before, after = done.stdout.split()
+    assert kept == "True", done.stderr
+    # the pages of the first allocation are there; without it each of the ten brings its own
+    assert int(after) < 20 < int(before)
