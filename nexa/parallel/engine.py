@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -59,12 +60,13 @@ class Engine:
         if reason is not None and topology.is_main:
             logger.info(reason)
         deepspeed = _import_deepspeed(self.device.type)
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         if cfg.train.compile:
             for block in model.model.layers:
                 block.compile()
         model.model.checkpoint_blocks = cfg.train.activation_checkpointing == "full"
         model.lm_head.chunk_tokens = cfg.train.loss_chunk_tokens
+        os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # DeepSpeed insists on it, also without torchrun
         options = asdict(cfg.optim)
         optimizer = build(options.pop("name"), model.named_parameters(), **options)
         self._engine, *_ = deepspeed.initialize(

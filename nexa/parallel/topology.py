@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,20 +92,6 @@ class Topology:
         return 1
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def set_single_process_environment() -> None:
-    """Let `python train.py` be a world of one: DeepSpeed would look for MPI without these variables."""
-    if "RANK" in os.environ:
-        return
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({**defaults, "MASTER_PORT": str(_free_port())})
-
-
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """`auto` is this rank's GPU where there is one, else the CPU."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
@@ -124,9 +110,8 @@ def _groups_of(size: int, world_size: int, timeout: timedelta) -> tuple[list[dis
 
 
 def connect(cfg: Config) -> Topology:
-    """Join the process group under `torchrun`, or be a world of one; build all groups."""
-    set_single_process_environment()
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    """Join the process group under `torchrun`, or be a world of one without it; build all groups."""
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = choose_device(cfg.train.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -137,7 +122,10 @@ def connect(cfg: Config) -> Topology:
     timeout = timedelta(seconds=cfg.parallel.timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        # a world of one needs no port, so that many can start on one machine at once
+        alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **alone)
     size, world_size = cfg.parallel.tensor, dist.get_world_size()
     tensor_groups, data_groups = _groups_of(size, world_size, timeout)
     world = dist.group.WORLD

@@ -195,7 +195,7 @@ def test_process_ends_with_one_message_quickly_and_writes_nothing(tmp_path: Path
 @pytest.mark.parametrize(
     "argv",
     [
-        ["+exp=quickstart", "train.global_batch_size=30"],
+        ["+exp=quickstart", "train.global_batch_size=31"],
         ["+exp=quickstart", "run.dir=${nope}"],
         ["-m", "+exp=quickstart", "optim.lr=-1,-2", "run.name=a${optim.lr}"],
         ["+exp=quickstart", "--config-name", "nope"],
@@ -216,7 +216,7 @@ def test_other_ranks_are_silent(tmp_path: Path):
 
 def test_a_mistake_is_told_without_torch():
     script = (
-        "import sys, runpy; sys.argv[1:] = ['+exp=quickstart', 'train.global_batch_size=30']\n"
+        "import sys, runpy; sys.argv[1:] = ['+exp=quickstart', 'train.global_batch_size=31']\n"
         f"try: runpy.run_path({TRAIN!r}, run_name='__main__')\n"
         "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
