@@ -144,7 +144,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 is off."""
     compile: bool = False
-    """torch.compile of each block."""
+    """torch.compile of blocks, norms and loss; needs a C++ compiler on CPUs."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """Recompute each block in the backward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

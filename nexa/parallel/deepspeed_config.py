@@ -63,7 +63,8 @@ def deepspeed_config(cfg: Config, data_size: int, device_type: str) -> dict[str,
     }
     if cfg.train.precision != "fp32":
         config[cfg.train.precision] = {"enabled": True}
-        config["communication_data_type"] = "fp32"
+        if data_size > 1:
+            config["communication_data_type"] = "fp32"
         if stage >= 2:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

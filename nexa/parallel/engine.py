@@ -62,8 +62,7 @@ class Engine:
         deepspeed = _import_deepspeed(self.device.type)
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         if cfg.train.compile:
-            for block in model.model.layers:
-                block.compile()
+            model.compile_parts()
         model.model.checkpoint_blocks = cfg.train.activation_checkpointing == "full"
         model.lm_head.chunk_tokens = cfg.train.loss_chunk_tokens
         os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # DeepSpeed insists on it, also without torchrun

@@ -63,7 +63,11 @@ def data_identity(cfg: Config, stores: list[PackedStore]) -> dict[str, Any]:
 
 
 def _checkpoint_files(store: PackedStore) -> dict[str, Path]:
-    return {} if store.tokenizer_path is None else {"tokenizer.json": store.tokenizer_path}
+    """What a checkpoint needs to be a tokenizer folder too, in Hugging Face's file names."""
+    if store.tokenizer_path is None:
+        return {}
+    beside = store.tokenizer_path.with_name("tokenizer_config.json")
+    return {"tokenizer.json": store.tokenizer_path} | ({beside.name: beside} if beside.exists() else {})
 
 
 def _announce(cfg: Config, topology: Topology) -> None:
