@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "nexa.cli.data",
     "config": "nexa.cli.config",
     "doctor": "nexa.cli.doctor",
+    "norms": "nexa.cli.norms",
     "score": "nexa.cli.score",
     "generate": "nexa.cli.generate",
 }

@@ -25,7 +25,7 @@ Placement = Literal[
     "reordered",
     "normformer",
 ]
-NormKind = Literal["rmsnorm", "layernorm"]
+NormKind = Literal["rmsnorm", "layernorm", "crmsnorm", "scalenorm", "dyt", "seednorm", "gatednorm"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -72,9 +72,11 @@ class NormConfig:
     placement: Placement = "pre"
     """Which sites of a block carry a norm: a row of nexa/model/placement.py."""
     kind: NormKind = "rmsnorm"
-    """What every norm computes (query, key and value norms are always RMSNorm)."""
+    """What every norm computes: a row of nexa/model/kinds.py (query, key and value norms are always RMSNorm)."""
     eps: float | None = None
-    """Epsilon of every norm; null is `model.rms_norm_eps`."""
+    """Epsilon of every norm; null is `model.rms_norm_eps`. `scalenorm` and `dyt` have none."""
+    gate_rank: int = 16
+    """`gatednorm`: rank of the gate's two matrices."""
     mix_alpha: float = 0.25
     """`mix`: share of the blocks, from the first, that are Post-LN (rounded down)."""
     mix_post_layers: int | None = None
@@ -166,11 +168,12 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled decay of the matrices and an untied head; norms, scalars and the embedding have none unless asked."""
+    """Decoupled decay of the matrices and an untied head; norms, scalars and the embedding have none unless asked.
+    The two matrices of a GatedNorm are matrices."""
     decay_embeddings: bool = False
     """Decay the embedding, and so a tied head, too."""
     decay_norms: bool = False
-    """Decay norm gains and other vectors too."""
+    """Decay norm gains and other vectors too, among them the alpha and beta of SeeDNorm, which its paper decays."""
 
 
 @dataclass

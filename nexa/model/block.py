@@ -8,30 +8,26 @@ from torch import Tensor, nn
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.attention import AttentionContext, SelfAttention
 from nexa.model.feed_forward import FeedForward
-from nexa.model.norms import build_norm
+from nexa.model.kinds import NormBuilder
+from nexa.model.norms import Part
 from nexa.model.placement import BlockPlan, SublayerPlan
 
 
 class Block(nn.Module):
     """Block `index` of the model, built from its row of the placement table."""
 
-    def __init__(self, model: ModelConfig, norm: NormConfig, plan: BlockPlan, eps: float) -> None:
+    def __init__(self, model: ModelConfig, norm: NormConfig, plan: BlockPlan, make: NormBuilder) -> None:
         super().__init__()
         self.plan = plan
-
-        def make(size: int = model.hidden_size) -> nn.Module:
-            return build_norm(norm.kind, size, eps)
-
-        self.input_layernorm = make() if plan.attn.input else None
-        self.self_attn = SelfAttention(model, norm, plan, eps)
-        self.attn_norm = _site_norms(plan.attn, make)
-        self.post_attention_layernorm = make() if plan.mlp.input else None
-        self.mlp = FeedForward(
-            model.hidden_size, model.intermediate_size, make(model.intermediate_size) if plan.mid_norm else None
-        )
+        self.input_layernorm = make("attention") if plan.attn.input else None
+        self.self_attn = SelfAttention(model, norm, plan, make.eps)
+        self.attn_norm = _site_norms("attention", plan.attn, make)
+        self.post_attention_layernorm = make("feed_forward") if plan.mlp.input else None
+        mid_norm = make("feed_forward", model.intermediate_size) if plan.mid_norm else None
+        self.mlp = FeedForward(model.hidden_size, model.intermediate_size, mid_norm)
         if norm.residual_gain:
             self.mlp.residual_gain = nn.Parameter(torch.ones(model.hidden_size))
-        self.mlp_norm = _site_norms(plan.mlp, make)
+        self.mlp_norm = _site_norms("feed_forward", plan.mlp, make)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
@@ -41,11 +37,12 @@ class Block(nn.Module):
         return _leave(x, y, self.plan.mlp, self.mlp_norm, getattr(self.mlp, "residual_gain", None))
 
 
-def _site_norms(plan: SublayerPlan, make: type | object) -> nn.ModuleDict:
+def _site_norms(part: Part, plan: SublayerPlan, make: NormBuilder) -> nn.ModuleDict:
     norms = nn.ModuleDict()
-    for site in ("output", "residual"):
-        if getattr(plan, site):
-            norms[site] = make()  # type: ignore[operator]
+    if plan.output:
+        norms["output"] = make(part, gain=plan.output_gain)
+    if plan.residual:
+        norms["residual"] = make(part)
     return norms
 
 

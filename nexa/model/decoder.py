@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -9,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.attention import AttentionContext, document_boundaries, document_mask
 from nexa.model.block import Block
+from nexa.model.kinds import NormBuilder
 from nexa.model.loss import Kernel, compiled_kernel, linear_cross_entropy, nll_and_gradient
-from nexa.model.norms import build_norm
 from nexa.model.placement import block_plans, has_final_norm
 from nexa.model.rope import rope_tables
 
@@ -37,21 +39,26 @@ class DecoderStack(nn.Module):
 
     def __init__(self, model: ModelConfig, norm: NormConfig) -> None:
         super().__init__()
-        eps = model.rms_norm_eps if norm.eps is None else norm.eps
+        make = NormBuilder.of(model, norm)
         self.head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
         self.rope_theta = model.rope_theta
         self.checkpoint_blocks = False
         self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.embed_norm = build_norm(norm.kind, model.hidden_size, eps) if norm.embedding else None
-        self.layers = nn.ModuleList(
-            Block(model, norm, plan, eps) for plan in block_plans(norm, model.num_hidden_layers)
+        self.embed_scale = (
+            nn.Parameter(torch.full((1,), math.sqrt(model.hidden_size))) if make.kind.embed_scale else None
         )
-        self.norm = build_norm(norm.kind, model.hidden_size, eps) if has_final_norm(norm) else None
+        self.embed_norm = make("embedding") if norm.embedding else None
+        self.layers = nn.ModuleList(
+            Block(model, norm, plan, make) for plan in block_plans(norm, model.num_hidden_layers)
+        )
+        self.norm = make("final") if has_final_norm(norm) else None
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """input_ids [B, T] int64, document_ids [B, T] or None -> hidden states [B, T, d]."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.embed_tokens(input_ids)
+        if self.embed_scale is not None:
+            x = x * self.embed_scale
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         # angles stay fp32 for half-precision activations: the rotation rounds once, at its end

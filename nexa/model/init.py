@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nexa.config.schema import ModelConfig, NormConfig
-from nexa.model.placement import PLACEMENTS, block_plans
+from nexa.model.placement import PLACEMENTS
 
 _ROLES = {
     "embed_tokens": "embed",
@@ -27,8 +27,12 @@ _ROLES = {
     "gate_proj": "gate",
     "up_proj": "up",
     "down_proj": "down",
+    "gate_down": "norm_gate_in",
+    "gate_up": "norm_gate_out",
 }
 _OUTPUTS = frozenset({"o", "down"})
+_ZERO = frozenset({"norm_gate_out"})
+"""Roles that start at 0 under every rule: the gate of a GatedNorm is then 1."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,8 @@ def draw(name: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig
     role = role_of(name)
     if role is None:
         return None
+    if role in _ZERO:
+        return torch.zeros(shape)
     rule = RULES[model.initializer](Matrix(role, layer_index(name) or 0, *shape), model)
     std = rule.std * PLACEMENTS[norm.placement].matrix_gain(role, model.num_hidden_layers)
     values, generator = torch.empty(shape), generator_for(seed, name)
@@ -142,13 +148,11 @@ def draw(name: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig
 
 @torch.no_grad()
 def initialise(decoder: nn.Module, model: ModelConfig, norm: NormConfig, seed: int) -> None:
-    """Fill `decoder` in place: matrices by `model.initializer` and the placement's gain, norms by the plan."""
+    """Fill `decoder` in place: matrices by `model.initializer` and the placement's gain.
+
+    Vectors and scalars, norms among them, keep what their constructors set.
+    """
     for name, parameter in decoder.named_parameters():
         values = draw(name, tuple(parameter.shape), model, norm, seed)
         if values is not None:
             parameter.copy_(values)
-    parameters = dict(decoder.named_parameters())
-    for index, plan in enumerate(block_plans(norm, model.num_hidden_layers)):
-        for site, sublayer in (("attn_norm", plan.attn), ("mlp_norm", plan.mlp)):
-            if sublayer.output:
-                parameters[f"model.layers.{index}.{site}.output.weight"].fill_(sublayer.output_gain)

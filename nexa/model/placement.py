@@ -28,7 +28,7 @@ class SublayerPlan:
     input_scale: float = 1.0
     skip_scale: float = 1.0
     output_gain: float = 1.0
-    """Initial value of the output norm's gain."""
+    """Factor on the initial weight of the output norm, which is 1 for most kinds."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ def decays(name: str, *, decay_embeddings: bool = False, decay_norms: bool = Fal
     """Whether weight decay applies to the parameter of this checkpoint name.
 
     By name, not by shape: under ZeRO-3 a parameter that is not gathered is one-dimensional and empty,
-    and grouping by `ndim` silently turns decay off.
+    and grouping by `ndim` silently turns decay off. The gate matrices of a GatedNorm decay as every matrix does;
+    `decay_norms` covers all vectors and scalars of norms, so SeeDNorm's alpha and beta come with the gains.
     """
     role = role_of(name)
     if role is None:

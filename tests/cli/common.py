@@ -15,7 +15,7 @@ from nexa.model.init import initialise
 BYTES_VOCABULARY = 257
 
 
-def tiny_model(placement: str = "pre", *, seed: int = 0, **model: object) -> Decoder:
+def tiny_model(placement: str = "pre", *, kind: str = "rmsnorm", seed: int = 0, **model: object) -> Decoder:
     """A decoder whose every parameter, norms and scales included, is away from its initial value."""
     sizes = {
         "vocab_size": BYTES_VOCABULARY + 3,
@@ -28,7 +28,7 @@ def tiny_model(placement: str = "pre", *, seed: int = 0, **model: object) -> Dec
         "rope_theta": 500.0,
     }
     config = ModelConfig(**(sizes | model))
-    norm = NormConfig(placement=placement, residual_gain=placement == "normformer", eps=1e-4)
+    norm = NormConfig(placement=placement, kind=kind, residual_gain=placement == "normformer", eps=1e-4, gate_rank=5)
     decoder = Decoder(config, norm)
     initialise(decoder, config, norm, seed)
     generator = torch.Generator().manual_seed(seed)

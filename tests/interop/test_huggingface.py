@@ -8,6 +8,7 @@ import pytest
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.errors import UserError
 from nexa.interop.huggingface import config_json, from_config_json
+from nexa.model.kinds import KINDS
 from nexa.model.placement import PLACEMENTS
 from tests.cli.common import tiny_model
 
@@ -50,6 +51,19 @@ def test_the_inverse_gives_the_same_model_back(placement):
         assert (back_model, back_norm) == (model, norm)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rmsnorm"])
+def test_kinds_come_back(kind):
+    model, norm = tiny_model(kind=kind).config, NormConfig(kind=kind, gate_rank=3, eps=2e-5)
+    model = dataclasses.replace(model, head_dim=8)
+    assert through_json(model, norm) == (model, norm)
+
+
+def test_a_configuration_from_before_the_gates_takes_the_default():
+    config = config_json(tiny_model().config, NormConfig(placement="peri", gate_rank=3), eos_token_id=1)
+    del config["nexa_norm"]["gate_rank"]
+    assert from_config_json(config)[1] == NormConfig(placement="peri", gate_rank=16)
+
+
 @pytest.mark.parametrize(
     "norm",
     [
@@ -57,7 +71,7 @@ def test_the_inverse_gives_the_same_model_back(placement):
         NormConfig(qk="rms"),
         NormConfig(embedding=True),
         NormConfig(final=False),
-        NormConfig(kind="layernorm"),
+        *(NormConfig(kind=kind) for kind in KINDS if kind != "rmsnorm"),
     ],
 )
 def test_what_transformers_llama_does_not_compute_is_not_called_llama(norm):

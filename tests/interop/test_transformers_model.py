@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+import nexa
+from nexa.model.kinds import KINDS
 from nexa.model.placement import PLACEMENTS
 from tests.cli.common import read_json, tiny_model, write_checkpoint
 from tests.conftest import REPOSITORY
@@ -74,6 +76,20 @@ def test_every_placement_opens_with_nexa(tmp_path):
     assert lines == ["LlamaForCausalLM True" if name == "pre" else "NexaForCausalLM True" for name in PLACEMENTS]
     for path, expected in made:
         check(path, expected)
+
+
+@pytest.mark.parametrize("placement", ["pre", "peri"])
+def test_every_kind_opens_with_nexa(tmp_path, placement):
+    made = [
+        checkpoint_with_logits(tmp_path / kind, placement, kind=kind, tie_word_embeddings=kind == "dyt")
+        for kind in KINDS
+    ]
+    lines = open_elsewhere("nexa first", [path for path, _ in made])
+    llama = {"rmsnorm"} if placement == "pre" else set()
+    assert lines == [f"{'Llama' if kind in llama else 'Nexa'}ForCausalLM True" for kind in KINDS]
+    for path, expected in made:
+        check(path, expected)
+        assert torch.equal(nexa.load_model(path)(torch.load(path.parent / "ids.pt", weights_only=True)), expected)
 
 
 @pytest.mark.parametrize("order", ["transformers first", "transformers first, auto classes later", "generation first"])

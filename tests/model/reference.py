@@ -26,8 +26,30 @@ class Reference:
         self.placement, self.kind, self.eps, self.theta, self.o = placement, kind, eps, theta, options
 
     def norm(self, name, x):
-        w = self.s[f"{name}.weight"]
-        return layer(x, w, self.s[f"{name}.bias"], self.eps) if self.kind == "layernorm" else rms(x, w, self.eps)
+        s, n, w = {k.removeprefix(name + "."): v for k, v in self.s.items()}, x.shape[-1], self.s[f"{name}.weight"]
+        match self.kind:
+            case "rmsnorm":
+                return rms(x, w, self.eps)
+            case "layernorm":
+                return layer(x, w, s["bias"], self.eps)
+            case "crmsnorm":
+                # RMSNorm of the vector with its last coordinate put back
+                whole = torch.cat((x, -x.sum(-1, keepdim=True)), -1)
+                return rms(whole, torch.ones((), dtype=x.dtype), self.eps)[..., :n] * w
+            case "scalenorm":
+                return w * x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-5)
+            case "dyt":
+                return w * torch.tanh(s["alpha"] * x)
+            case "seednorm":
+                dot = torch.einsum("btn,n->bt", x, s["beta"])
+                gain = torch.tanh(dot)[..., None] * s["alpha"] + w
+                return gain * rms(x, torch.ones((), dtype=x.dtype), self.eps)
+            case "gatednorm":
+                y = rms(x, w, self.eps)
+                h = y @ s["gate_down.weight"].T
+                h = (h / (1 + torch.exp(-h))) @ s["gate_up.weight"].T
+                return 2 * y / (1 + torch.exp(-h))
+        raise AssertionError(self.kind)
 
     def rope(self, x):
         """[B, heads, T, dh]: rotate pairs (j, j + dh/2) by t * theta^(-2j/dh)."""
@@ -127,6 +149,8 @@ class Reference:
         if documents is not None:
             allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
         x = self.s["model.embed_tokens.weight"][ids]
+        if self.kind == "dyt":
+            x = x * self.s["model.embed_scale"]
         if self.o.get("embedding"):
             x = self.norm("model.embed_norm", x)
         for i in range(self.L):

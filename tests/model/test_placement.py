@@ -7,6 +7,7 @@ import torch
 
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.decoder import Decoder
+from nexa.model.kinds import KINDS
 from nexa.model.placement import PLACEMENTS, block_plans, post_layers
 from tests.model.reference import Reference
 
@@ -68,7 +69,7 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("placement", sorted(PLACEMENTS))
 def test_logits_and_gradients_equal_the_reference(placement: str, kind: str) -> None:
     compare(NormConfig(placement=placement, kind=kind))  # type: ignore[arg-type]
@@ -77,6 +78,11 @@ def test_logits_and_gradients_equal_the_reference(placement: str, kind: str) -> 
 @pytest.mark.parametrize("placement", ["pre", "mix", "hybrid", "deepnorm"])
 def test_tied_head(placement: str) -> None:
     compare(NormConfig(placement=placement), tie_word_embeddings=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_with_a_tied_head_and_an_embedding_norm(kind: str) -> None:
+    compare(NormConfig(placement="peri", kind=kind, embedding=True, qk="rms"), tie_word_embeddings=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +98,8 @@ def test_tied_head(placement: str) -> None:
         NormConfig(placement="mix", mix_post_layers=3),
         NormConfig(placement="lns", eps=1e-2),
         NormConfig(placement="reordered", qk="rms_full"),
+        NormConfig(kind="gatednorm", gate_rank=3),
+        NormConfig(placement="normformer", kind="seednorm", residual_gain=True, eps=1e-2),
     ],
     ids=str,
 )

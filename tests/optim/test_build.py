@@ -35,6 +35,20 @@ def test_decay_switches() -> None:
     assert "model.layers.0.self_attn.q_norm.weight" in undecayed
 
 
+def test_gates_of_norms_are_matrices_and_the_rest_of_a_norm_is_not() -> None:
+    shape = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+    options = dict(lr=1e-3, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8)
+    for kind, decayed in (("gatednorm", {"gate_down.weight", "gate_up.weight"}), ("seednorm", set()), ("dyt", set())):
+        model = Decoder(ModelConfig(**shape), NormConfig(kind=kind))
+        groups = build("adamw", model.named_parameters(), **options).param_groups
+        found = {n for group in groups if group["weight_decay"] for n in group["names"] if "norm." in n}
+        assert {".".join(n.split("norm.")[1].split(".")) for n in found} == decayed
+        both = build("adamw", model.named_parameters(), decay_norms=True, **options).param_groups
+        assert {n for group in both if not group["weight_decay"] for n in group["names"]} == {
+            "model.embed_tokens.weight"
+        }
+
+
 def test_adamw_equations() -> None:
     """W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), bias-corrected moments (Loshchilov and Hutter 2019)."""
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,72 @@
+"""Which norm a value of `norm.kind` means: one row per kind, and nothing else asks for a kind's name.
+
+Query, key and value norms are RMSNorm whatever the kind (`attention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from nexa.config.schema import ModelConfig, NormConfig
+from nexa.model import norms
+from nexa.model.norms import NormSite, Part
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind. The texts are what `nexa norms` prints; n is the number of features."""
+
+    build: Callable[[NormSite], nn.Module]
+    formula: str
+    initial: str
+    """Its tensors and their initial values."""
+    source: str
+    embed_scale: bool = False
+    """A learnable scalar, sqrt(d) at first, multiplies the embedding, because nothing later rescales it."""
+
+
+KINDS: dict[str, Kind] = {
+    "rmsnorm": Kind(norms.RMSNorm.at, "w x / rms(x)", "w [n] 1", "arXiv 1910.07467"),
+    "layernorm": Kind(norms.LayerNorm.at, "w (x - mean) / std(x) + b", "w [n] 1, b [n] 0", "arXiv 1607.06450"),
+    "crmsnorm": Kind(
+        norms.CRMSNorm.at, "w x / sqrt((sum x^2 + (sum x)^2) / (n + 1) + eps)", "w [n] 1", "arXiv 2305.14858"
+    ),
+    "scalenorm": Kind(norms.ScaleNorm.at, "w x / max(|x|, 1e-5)", "w [1] sqrt(n)", "arXiv 1910.05895"),
+    "dyt": Kind(norms.DyT.at, "w tanh(alpha x)", "w [n] 1, alpha [1] by width", "arXiv 2503.10622", embed_scale=True),
+    "seednorm": Kind(
+        norms.SeeDNorm.at,
+        "(tanh(x . beta) alpha + w) x / rms(x)",
+        "w [n] 1, alpha [n] 1, beta [n] 0",
+        "arXiv 2510.22777",
+    ),
+    "gatednorm": Kind(
+        norms.GatedNorm.at,
+        "2 y sigmoid(U silu(D y)), y = w x / rms(x)",
+        "w [n] 1, D [r, n] random, U [n, r] 0",
+        "arXiv 2601.22966",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class NormBuilder:
+    """Makes the norms of one model: call it with what differs between them."""
+
+    kind: Kind
+    eps: float
+    width: int
+    gate_rank: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, norm: NormConfig) -> NormBuilder:
+        """For a configuration. KeyError for an unknown kind (the config check comes first)."""
+        eps = model.rms_norm_eps if norm.eps is None else norm.eps
+        return cls(KINDS[norm.kind], eps, model.hidden_size, norm.gate_rank)
+
+    def __call__(self, part: Part, size: int | None = None, gain: float = 1.0) -> nn.Module:
+        """A norm of `part` over `size` features (null: the hidden size), `gain` on its initial weight."""
+        site = NormSite(self.width if size is None else size, self.eps, self.width, part, self.gate_rank, gain)
+        return self.kind.build(site)
