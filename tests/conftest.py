@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {id(item) for number, item in enumerate(slow) if number % SLOW_PARTS == part % SLOW_PARTS}
     dropped = [item for item in slow if id(item) not in kept]
     items[:] = [item for item in items if item not in dropped]
-    config.hook.pytest_deselected(dropped)
+    config.hook.pytest_deselected(items=dropped)
 
 
 def run_command(

@@ -17,6 +17,9 @@ from tests.conftest import run_command
 
 STEPS, LR, CLIP = 20, 1e-3, 0.5
 TOLERANCE = 1e-5
+EPS = 1e-4
+"""With Adam's usual 1e-8 a gradient that is zero but for rounding moves its weight by a whole learning rate, and the
+order of summation alone, in one plain process, then costs more than the tolerance for some placements."""
 PLACEMENTS = ("pre", "post", "mix", "peri", "hybrid", "lns")
 
 
@@ -33,6 +36,7 @@ def config(placement: str, stage: int, micro: int, **extra) -> dict:
         "norm": {"placement": placement},
         "data": {"sequence_length": 12},
         "train": dict(global_batch_size=8, micro_batch_size=micro, steps=STEPS, grad_clip=CLIP, device="cpu"),
+        "optim": {"eps": EPS},
         "parallel": {"zero_stage": stage},
     }
     for group, values in extra.items():
@@ -48,7 +52,7 @@ def reference(mapping: dict, ignore: float) -> tuple[list[float], list[float], d
     decay = [p for n, p in model.named_parameters() if n.endswith("_proj.weight") or n == "lm_head.weight"]
     rest = [p for p in model.parameters() if all(p is not d for d in decay)]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS)
     generator = torch.Generator().manual_seed(7)
     losses, norms = [], []
     for _ in range(STEPS):
