@@ -89,7 +89,7 @@ class TrainBatches:
         self._length, self._batch, self._mask = sequence_length, global_batch_size, document_mask
         self._first = first_sample
         self._seed, self._stage, self._vocab_size = seed, stage, vocab_size
-        self.names = _unique_names(stores)
+        self.names = unique_names(stores)
         self.samples = [(store.tokens - 1) // sequence_length for store in stores]
         for store, samples in zip(stores, self.samples, strict=True):
             if samples < 1:
@@ -141,7 +141,7 @@ class TrainBatches:
         return {name: count / n for name, count, n in zip(self.names, counts, self.samples, strict=True)}
 
 
-def _unique_names(stores: list[PackedStore]) -> list[str]:
+def unique_names(stores: list[PackedStore]) -> list[str]:
     """Store names; a repeated one gets `_2`, `_3`, … so that metrics and orders of two sources never mix."""
     names: list[str] = []
     for store in stores:

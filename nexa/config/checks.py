@@ -309,6 +309,11 @@ def _sources(cfg: Config, world_size: int | None) -> Iterator[str]:
             yield f"data.source[{index}].path='': give the packed store of this source"
         if part.weight <= 0:
             yield f"data.source[{index}].weight={part.weight}: must be greater than 0; leave the source out instead"
+        if part.replay:
+            yield (
+                f"data.source[{index}].replay=true: replay in the original order is not built yet; set replay: false, "
+                "which draws from the source in a new order"
+            )
 
 
 def _resembles(word: str, other: str) -> bool:

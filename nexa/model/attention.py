@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexa.config.schema import ModelConfig, NormConfig
+from nexa.errors import UserError
 from nexa.model.norms import FullWidthRMSNorm, RMSNorm
 from nexa.model.placement import BlockPlan
 from nexa.model.rope import apply_rope
@@ -69,7 +70,10 @@ class SelfAttention(nn.Module):
         self.heads = model.num_attention_heads
         self.kv_heads = model.num_key_value_heads or model.num_attention_heads
         self.head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-        self.flash = model.attention != "sdpa" and flash_status()[0]
+        available, reason = flash_status()
+        if model.attention == "flash" and not available:
+            raise UserError(f"model.attention=flash: {reason}; set model.attention=auto or sdpa")
+        self.flash = model.attention != "sdpa" and available
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj = nn.Linear(model.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(model.hidden_size, kv_width, bias=False)

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.batches import Batch, TrainBatches, ValidationRows
+from data_pipeline.batches import Batch, TrainBatches, ValidationRows, unique_names
 from data_pipeline.embedded import embedded_store
 from data_pipeline.store import PackedStore, available_splits, open_store
+from data_pipeline.tokenizer import load_tokenizer
 from nexa.config.schema import Config
 from nexa.errors import UserError
 from nexa.parallel.topology import Topology
@@ -123,15 +124,30 @@ def open_sources(cfg: Config, topology: Topology) -> Sources:
                 f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of {store.name} "
                 f"({store.vocab_size} tokens): set model.vocab_size to at least {store.vocab_size}"
             )
+    _one_tokenizer(cfg, stores)
     return Sources([path for path, _ in paths], stores, [weight for _, weight in paths])
+
+
+def _one_tokenizer(cfg: Config, stores: list[PackedStore]) -> None:
+    """Token ids must mean the same in every source, and what `data.tokenizer` says they mean."""
+    known = [(store.location, store.tokenizer_hash) for store in stores if store.tokenizer_hash is not None]
+    if cfg.data.tokenizer is not None:
+        known.insert(0, (f"data.tokenizer={cfg.data.tokenizer}", load_tokenizer(cfg.data.tokenizer).hash))
+    for place, digest in known[1:]:
+        if digest != known[0][1]:
+            raise UserError(
+                f"{place} was tokenised with another tokenizer than {known[0][0]} (hash {digest} against {known[0][1]}); "
+                "prepare the sources with one tokenizer, or set data.tokenizer=null to take the store's own"
+            )
 
 
 class ValidationSet:
     """A fixed run of sequences from one split; the same whatever the batch size or layout."""
 
-    def __init__(self, cfg: Config, topology: Topology, store: PackedStore) -> None:
+    def __init__(self, cfg: Config, topology: Topology, store: PackedStore, name: str) -> None:
+        """name: in the metrics, where two stores must not share one."""
         limit = cfg.eval.batches * cfg.train.global_batch_size or None
-        self.name = store.name
+        self.name = name
         self._rows = ValidationRows(store, cfg.data.sequence_length, limit, document_mask=cfg.data.document_mask)
         self._topology, self._micro = topology, cfg.train.micro_batch_size
 
@@ -167,4 +183,4 @@ def open_validation(cfg: Config, topology: Topology, sources: Sources) -> list[V
                 "eval: no training source has a validation split; set eval.sources=[<packed store>], prepare the data "
                 "with a validation fraction, or switch evaluation off with eval.every=0 eval.at_end=false"
             )
-    return [ValidationSet(cfg, topology, store) for store in found]
+    return [ValidationSet(cfg, topology, *one) for one in zip(found, unique_names(found), strict=True)]

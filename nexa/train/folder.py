@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -18,6 +19,8 @@ from nexa.config import to_yaml
 from nexa.config.schema import Config
 from nexa.errors import UserError
 from nexa.parallel.topology import Topology
+
+logger = logging.getLogger("nexa")
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "hydra-core", "transformers", "datasets", "numpy", "nexa")
 
@@ -98,7 +101,9 @@ class RunFolder:
             raise UserError(
                 f"run.dir={self.path}: another run is writing here; give this one another run.name or wait"
             ) from None
-        except OSError:
-            pass  # a file system without locks: nothing to hold, and no reason to refuse
+        except OSError as error:
+            logger.warning(
+                "%s: the file system has no locks (%s); a second run here would not be noticed", self.path, error
+            )
         _replace(self.path / "config.yaml", to_yaml(cfg))
         _replace(self.path / "environment.json", json.dumps(environment(topology), indent=2) + "\n")

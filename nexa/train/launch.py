@@ -62,12 +62,16 @@ def data_identity(cfg: Config, stores: list[PackedStore]) -> dict[str, Any]:
     }
 
 
-def _checkpoint_files(store: PackedStore) -> dict[str, Path]:
-    """What a checkpoint needs to be a tokenizer folder too, in Hugging Face's file names."""
-    if store.tokenizer_path is None:
+def _tokenizer_files(cfg: Config, store: PackedStore) -> dict[str, Path]:
+    """What a checkpoint needs to be a tokenizer folder too, in Hugging Face's file names; nothing for bytes."""
+    file = store.tokenizer_path
+    if file is None and cfg.data.tokenizer not in {None, "bytes"}:
+        given = Path(str(cfg.data.tokenizer))
+        file = given / "tokenizer.json" if given.is_dir() else given
+    if file is None:
         return {}
-    beside = store.tokenizer_path.with_name("tokenizer_config.json")
-    return {"tokenizer.json": store.tokenizer_path} | ({beside.name: beside} if beside.exists() else {})
+    beside = file.with_name("tokenizer_config.json")
+    return {"tokenizer.json": file} | ({beside.name: beside} if beside.exists() else {})
 
 
 def _announce(cfg: Config, topology: Topology) -> None:
@@ -113,9 +117,10 @@ def build_trainer(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer
     state = RunState() if origin is None else resume.restore(engine, cfg, origin, identity)
     data.continue_from(state.step, state.samples)
     exported = config_json(cfg.model, cfg.norm, eos_token_id=stores[0].eod_id)
-    if stores[0].tokenizer_path is None:
+    files = _tokenizer_files(cfg, stores[0])
+    if not files and (stores[0].tokenizer_hash is not None or cfg.data.tokenizer == "bytes"):
         exported["nexa_tokenizer"] = "bytes"
-    checkpoint = CheckpointHook(folder.checkpoints, exported, _checkpoint_files(stores[0]), identity)
+    checkpoint = CheckpointHook(folder.checkpoints, exported, files, identity)
     flops = flops_per_token(cfg.model, cfg.norm, cfg.data.sequence_length)
     peak, _ = peak_flops(topology.device, cfg.train.precision)
     return Trainer(cfg, engine, data, state, build_hooks(cfg, validation, checkpoint), flops, peak)

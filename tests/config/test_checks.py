@@ -75,6 +75,7 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({"data__source": "embeded"}, None, "data.source=embeded: did you mean embedded?"),
     ({"data__source": []}, None, "data.source=[]: a mixture needs at least one"),
     ({"data__source": MIXTURE[1:]}, None, "data.source[0].path='': give the packed store"),
+    ({"data__source": [{"path": "a", "replay": True}]}, None, "data.source[0].replay=true: replay in the original"),
     ({"data__tokenizer": "bytes", "model__vocab_size": 200}, None, "data.tokenizer=bytes has at least 256 tokens"),
     ({"data__tokenizer_vocab_size": 33000}, None, "more tokens than the model.vocab_size=32000 rows"),
     ({"data__tokenizer_vocab_size": 99, "data__source": "store"}, None, "which data.source=store, data.tokenizer=null"),

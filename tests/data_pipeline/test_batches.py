@@ -118,3 +118,11 @@ def test_bad_input(make_store, stores):
         train(stores[1:], weights=[1.0], vocab_size=1000).rows(0, 0, 6)
     with pytest.raises(UserError, match=r"/one .*needs at least 2"):
         ValidationRows(make_store("one", [[1]]), 4)
+
+
+def test_first_sample_goes_on_in_the_stream_with_another_batch_size(stores):
+    """Four steps of 6, then steps of 4: sample number 24 comes next and none is skipped or seen again."""
+    small, large = train(stores, global_batch_size=4, first_sample=24 - 4 * 4), train(stores, global_batch_size=24)
+    continued = [sample for step in range(4, 10) for sample in small.sample_ids(step)]
+    assert continued == large.sample_ids(1)
+    assert small.tokens_by_source(4) == large.tokens_by_source(1)

@@ -81,6 +81,8 @@ CONFIGURED: list[tuple[str, list[str], str]] = [
     ("sequence", ["data.sequence_length=30000000", "model.max_position_embeddings=40000000"], r"data\.sequence_length"),
     ("evaluation source", ["eval.sources=[/nowhere/store]"], r"/nowhere/store"),
     ("resume path", ["resume.mode=continue", "resume.path=/nowhere/run"], r"/nowhere/run"),
+    ("tokenizer", ["data.tokenizer=bytes"], r"data\.tokenizer=bytes"),
+    ("flash", ["model.attention=flash", "train.precision=bf16"], r"model\.attention=flash"),
     ("cache", ["data.cache_dir=/proc/nexa"], r"/proc/nexa"),
     ("run folder", ["run.dir=/proc/nexa"], r"/proc/nexa"),
     ("batch", ["train.global_batch_size=10"], r"train\.global_batch_size"),
