@@ -102,7 +102,7 @@ class MixtureSource:
     weight: float = 1.0
     """Share of the samples, relative to the other weights."""
     replay: bool = False
-    """Old data replayed in its original order from its own cursor."""
+    """Old data replayed in its original order from its own cursor; not built yet, and refused."""
 
 
 @dataclass

@@ -136,7 +136,7 @@ def _one_tokenizer(cfg: Config, stores: list[PackedStore]) -> None:
     for place, digest in known[1:]:
         if digest != known[0][1]:
             raise UserError(
-                f"{place} was tokenised with another tokenizer than {known[0][0]} (hash {digest} against {known[0][1]}); "
+                f"{place} was tokenised with another tokenizer than {known[0][0]} ({digest} against {known[0][1]}); "
                 "prepare the sources with one tokenizer, or set data.tokenizer=null to take the store's own"
             )
 
