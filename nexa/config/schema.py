@@ -147,8 +147,9 @@ class TrainConfig:
     """Largest global gradient norm; 0 is off."""
     compile: bool = False
     """torch.compile of blocks, norms and loss; needs a C++ compiler on CPUs."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """Recompute each block in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute in the backward pass: full is whole blocks; selective keeps matrix products and attention and
+    recomputes what is between them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto is cuda when there is one."""
     loss_chunk_tokens: int = 4096
@@ -208,6 +209,9 @@ class ParallelConfig:
     """Ranks that share one copy of each layer (tensor parallelism)."""
     sequence: bool = False
     """Shard the residual stream over the tensor-parallel ranks."""
+    backend: Literal["auto", "native", "megatron"] = "auto"
+    """Tensor-parallel layers: megatron-core's or nexa's own, which compute the same; auto is megatron on GPUs and native
+    on CPUs."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the run."""
 
