@@ -19,6 +19,7 @@ from nexa.optim import build
 from nexa.parallel import private
 from nexa.parallel.deepspeed_config import deepspeed_config, effective_stage
 from nexa.parallel.topology import Topology
+from nexa.sharding import Shard
 
 logger = logging.getLogger("nexa")
 
@@ -158,7 +159,7 @@ class Engine:
                     tensors[key] = value.view(-1)[window]
                 else:
                     scalars[key] = float(value)
-            result.append(Fragment(owned.name, owned.shape, owned.start, owned.stop, tensors, scalars))
+            result.append(Fragment(owned.name, Shard.whole(owned.shape), owned.start, owned.stop, tensors, scalars))
         return result
 
     def finish_load(self, scalars: dict[str, dict[str, float]]) -> None:
