@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,15 @@ from nexa.optim import build
 from nexa.parallel import private
 from nexa.parallel.build import Fill, build_decoder
 from nexa.parallel.deepspeed_config import deepspeed_config, effective_stage
+from nexa.parallel.norms import NormProbe, ParameterNorms
 from nexa.parallel.topology import Topology
 from nexa.sharding import shard_of
 
 logger = logging.getLogger("nexa")
+
+
+CLIP_EPS = 1e-6
+"""Added to the norm that clipping divides by, as PyTorch and DeepSpeed do."""
 
 
 class NonFiniteGradient(RuntimeError):
@@ -31,10 +36,12 @@ class NonFiniteGradient(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """grad_norm: before clipping, on the device or the host. skipped: fp16 overflow, no update made."""
+    """grad_norm: before clipping, on the device or the host. skipped: fp16 overflow, no update made. norms: of every
+    parameter, when they were asked for and an update was made."""
 
     grad_norm: Tensor | float
     skipped: bool
+    norms: dict[str, ParameterNorms] | None = None
 
 
 def _import_deepspeed(device_type: str) -> Any:
@@ -123,11 +130,23 @@ class Engine:
             self._engine.step()
         return total.detach()
 
-    def step(self, lr: float) -> StepResult:
-        """Clip and update with learning rate `lr`.
+    def step(self, lr: float, measure: bool = False) -> StepResult:
+        """Clip and update with learning rate `lr`; with `measure` also take every parameter's norms (collective).
 
         Raises NonFiniteGradient before any weight is touched (fp16 overflow is a skipped step instead).
         """
+        if not measure:
+            return self._step(lr)
+        probe = NormProbe(self._engine, self.stage, self.topology)
+        result = self._step(lr)
+        if result.skipped:
+            probe.finish(1.0)
+            return result
+        norm, clip = torch.as_tensor(result.grad_norm, device=self.device), self.config.train.grad_clip
+        factor = (clip / (norm + CLIP_EPS)).clamp(max=1.0) if clip > 0 else 1.0
+        return replace(result, norms=probe.finish(factor))
+
+    def _step(self, lr: float) -> StepResult:
         for group in private.client_optimizer(self._engine).param_groups:
             group["lr"] = lr
         if self.stage == 0:
@@ -155,7 +174,7 @@ class Engine:
             dist.all_reduce(square, group=self.topology.tensor_group)
             norm = square.sqrt()
         if self.config.train.grad_clip > 0:
-            factor = (self.config.train.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            factor = (self.config.train.grad_clip / (norm + CLIP_EPS)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor)
         return norm
 

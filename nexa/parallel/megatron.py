@@ -58,6 +58,12 @@ def _output_only(layer: type[nn.Module]) -> type[nn.Module]:
     return OutputOnly
 
 
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def megatron_kernel(logits: Tensor, labels: Tensor, words: Features) -> tuple[Tensor, Tensor]:
     """megatron-core's cross-entropy as a kernel of `nexa.model.loss`: logits [N, rows], labels [N] of all words."""
     _, tensor_parallel, _ = _import_megatron()
@@ -109,7 +115,7 @@ class MegatronLayers(NativeLayers):
                 disable_grad_reduce=True,
                 tp_group=self.group,
             )
-        self.features(out_features).mark(layer.weight, 0, (out_features, in_features))
+        self.features(out_features).mark(_weight(layer), 0, (out_features, in_features))
         return layer
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
@@ -125,7 +131,7 @@ class MegatronLayers(NativeLayers):
                 skip_bias_add=False,
                 tp_group=self.group,
             )
-        self.features(in_features).mark(layer.weight, 1, (out_features, in_features))
+        self.features(in_features).mark(_weight(layer), 1, (out_features, in_features))
         return layer
 
     def embedding(self, vocabulary: int, width: int) -> nn.Module:
@@ -139,7 +145,7 @@ class MegatronLayers(NativeLayers):
             # its own reduce-scatter would deal out positions; here it is tokens, in the order of the batch
             scatter = partial(self._library.scatter_to_sequence_parallel_region, group=self.group)
             layer.register_forward_hook(lambda module, inputs, output: scatter(output.flatten(0, 1)))
-        words.mark(layer.weight, 0, (vocabulary, width))
+        words.mark(_weight(layer), 0, (vocabulary, width))
         return layer
 
     def head(self, width: int, vocabulary: int) -> Head:

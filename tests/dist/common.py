@@ -49,12 +49,14 @@ def config(placement: str = "pre", **extra: dict) -> dict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did. divergence: the largest difference between two ranks that hold the same weight."""
+    """What a run did. divergence: the largest difference between two ranks that hold the same weight. measured: norms of
+    gradient, weight and update of every parameter at the last step."""
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, torch.Tensor]
     divergence: float = 0.0
+    measured: dict[str, list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,14 @@ def _reference(text: str, ignore: float) -> Outcome:
         loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
+        gradients = {n: p.grad.norm().item() for n, p in model.named_parameters()}
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         losses.append(loss.item())
         optimizer.step()
-    return Outcome(losses, norms, {n: p.detach().flatten() for n, p in model.named_parameters()})
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    measured = {n: [gradients[n], before[n].norm().item(), (w - before[n]).norm().item()] for n, w in weights.items()}
+    return Outcome(losses, norms, {n: w.flatten() for n, w in weights.items()}, measured=measured)
 
 
 def _relative(values: list[float], expected: list[float]) -> float:

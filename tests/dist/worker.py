@@ -39,7 +39,8 @@ def run(job: dict) -> dict:
     generator = torch.Generator().manual_seed(7)
     batch, length, micro = cfg.train.global_batch_size, cfg.data.sequence_length, cfg.train.micro_batch_size
     losses, norms = [], []
-    for _ in range(job["steps"]):
+    measured = None
+    for step in range(job["steps"]):
         rows = torch.randint(0, cfg.model.vocab_size, (batch, length + 1), generator=generator)
         labels = rows[:, 1:].clone()
         labels[torch.rand(labels.shape, generator=generator) < job["ignore"]] = -100
@@ -51,11 +52,13 @@ def run(job: dict) -> dict:
             total += engine.forward_backward({"input_ids": rows[window, :-1], "labels": labels[window]}, scored)
         dist.all_reduce(total, group=topology.data_group)
         losses.append(total.item() / scored)
-        norms.append(float(engine.step(job["lr"]).grad_norm))
+        result = engine.step(job["lr"], measure=step == job["steps"] - 1)
+        norms.append(float(result.grad_norm))
+        measured = result.norms
     weights, divergence = whole_weights(engine)
     if topology.is_main:
         save_file(weights, job["weights"])
-    return {"losses": losses, "norms": norms, "divergence": divergence}
+    return {"losses": losses, "norms": norms, "divergence": divergence, "measured": measured}
 
 
 def main() -> None:
