@@ -17,7 +17,7 @@ from nexa.config.schema import Config
 from nexa.model.decoder import Decoder
 from nexa.optim import build
 from nexa.parallel import private
-from nexa.parallel.build import Fill, build_decoder
+from nexa.parallel.build import build_decoder
 from nexa.parallel.deepspeed_config import deepspeed_config, effective_stage
 from nexa.parallel.norms import NormProbe, ParameterNorms
 from nexa.parallel.topology import Topology
@@ -71,40 +71,44 @@ class Engine:
         self.stage, reason = effective_stage(cfg, self.accumulation)
         if reason is not None and topology.is_main:
             logger.info(reason)
-        deepspeed = _import_deepspeed(self.device.type)
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-        os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # DeepSpeed insists on it, also without torchrun
-        settings = deepspeed_config(cfg, topology.data_size, self.device.type)
-        model = build_decoder(cfg, topology, initial=initial, keep=self._keeper(deepspeed, settings))
+        model = self.build(cfg, topology, initial=initial)
         if cfg.train.compile:
             model.compile_parts()
         model.model.recompute = cfg.train.activation_checkpointing
         options = asdict(cfg.optim)
         optimizer = build(options.pop("name"), model.named_parameters(), **options)
-        self._engine, *_ = deepspeed.initialize(
+        self._engine, *_ = self.prepare(topology).initialize(
             model=model,
             optimizer=optimizer,
-            config=settings,
+            config=deepspeed_config(cfg, topology.data_size, self.device.type),
             mpu=topology,
             dist_init_required=False,
         )
         self.module: Decoder = self._engine.module
         self._check_layout()
 
-    def _keeper(self, deepspeed: Any, settings: dict[str, Any]) -> Fill:
-        """What becomes of a matrix once it is made: at stage 3 it is partitioned before the next one is made."""
-        if self.stage < 3:
-            return lambda parameter: parameter
+    @staticmethod
+    def prepare(topology: Topology) -> Any:
+        """The DeepSpeed module, ready for use on this rank; a second call costs nothing."""
+        deepspeed = _import_deepspeed(topology.device.type)
+        os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # DeepSpeed insists on it, also without torchrun
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        return deepspeed
+
+    @classmethod
+    def build(cls, cfg: Config, topology: Topology, *, initial: bool) -> Decoder:
+        """This rank's share of the model; at stage 3 each matrix is partitioned before the next one is made."""
+        if cfg.parallel.zero_stage < 3:
+            return build_decoder(cfg, topology, initial=initial, keep=lambda parameter: parameter)
+        deepspeed, settings = cls.prepare(topology), deepspeed_config(cfg, topology.data_size, topology.device.type)
 
         def partition(parameter: nn.Parameter) -> nn.Parameter:
-            group = self.topology.data_group
             holder = nn.ParameterList([parameter])
-            deepspeed.zero.Init(
-                module=holder, data_parallel_group=group, config_dict_or_path=settings, mpu=self.topology
-            )
+            group = topology.data_group
+            deepspeed.zero.Init(module=holder, data_parallel_group=group, config_dict_or_path=settings, mpu=topology)
             return parameter
 
-        return partition
+        return build_decoder(cfg, topology, initial=initial, keep=partition)
 
     def _check_layout(self) -> None:
         """The owned ranges of all data-parallel ranks must make up the whole model."""

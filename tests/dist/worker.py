@@ -15,14 +15,15 @@ from nexa.parallel.engine import Engine
 from nexa.parallel.topology import connect, disconnect
 
 
-def whole_weights(engine: Engine) -> tuple[dict[str, torch.Tensor], float]:
-    """(every weight, whole, put together from what ranks own; the largest difference between two owners)."""
+def whole_tensors(engine: Engine, state: str = "weight") -> tuple[dict[str, torch.Tensor], float]:
+    """(every master weight, or every tensor of an optimizer state, whole, put together from what ranks own; the largest
+    difference between two owners)."""
     low = {name: torch.full((math.prod(shape),), math.inf) for name, shape in engine.parameter_shapes().items()}
     high = {name: torch.full_like(value, -math.inf) for name, value in low.items()}
     for fragment in engine.fragments():
         for run in fragment.shard.runs(fragment.start, fragment.stop):
             begin = run.offset - fragment.start
-            values = fragment.tensors["weight"][begin : begin + run.rows * run.width].view(run.rows, run.width)
+            values = fragment.tensors[state][begin : begin + run.rows * run.width].view(run.rows, run.width)
             for whole in (low[fragment.name], high[fragment.name]):
                 whole.as_strided((run.rows, run.width), (run.stride, 1), run.start).copy_(values)
     for name in low:
@@ -55,7 +56,7 @@ def run(job: dict) -> dict:
         result = engine.step(job["lr"], measure=step == job["steps"] - 1)
         norms.append(float(result.grad_norm))
         measured = result.norms
-    weights, divergence = whole_weights(engine)
+    weights, divergence = whole_tensors(engine)
     if topology.is_main:
         save_file(weights, job["weights"])
     return {"losses": losses, "norms": norms, "divergence": divergence, "measured": measured}
