@@ -16,7 +16,7 @@ from nexa.model.decoder import Decoder
 from nexa.model.init import initialise
 from tests.conftest import run_command
 
-STEPS, LR, CLIP = 20, 1e-3, 0.5
+STEPS, LR, CLIP = 20, 1e-3, 0.2
 TOLERANCE = 1e-5
 EPS = 1e-4
 """With Adam's usual 1e-8 an update is nearly the sign of the gradient, and where a gradient is 0 but for rounding the
@@ -152,7 +152,7 @@ def check(folder: Path, mappings: list[dict], processes: int, ignore: float = 0.
     failures = []
     for mapping, outcome in zip(mappings, run_jobs(folder, mappings, processes, ignore=ignore), strict=True):
         expected = reference(mapping, ignore)
-        assert max(expected.norms) > CLIP
+        assert max(expected.norms) > CLIP, mapping["norm"]
         found = deviation(outcome, expected)
         if not found.worst <= TOLERANCE:
             failures.append(f"{mapping['parallel']} {mapping['norm']}: {found}")
