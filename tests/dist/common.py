@@ -39,7 +39,7 @@ def config(placement: str = "pre", **extra: dict) -> dict:
         ),
         "norm": {"placement": placement},
         "data": {"sequence_length": 12},
-        "train": dict(global_batch_size=8, micro_batch_size=2, steps=STEPS, grad_clip=CLIP, device="cpu"),
+        "train": dict(global_batch_size=8, micro_batch_size=4, steps=STEPS, grad_clip=CLIP, device="cpu"),
         "optim": {"eps": EPS},
     }
     for group, values in extra.items():

@@ -29,7 +29,8 @@ def parallel(stage: int, layout: Layout, **extra: str) -> dict:
 
 def row(placement: str, layout: Layout) -> list[float]:
     """The largest deviation at each ZeRO stage."""
-    mappings = [config(placement, parallel=parallel(stage, layout)) for stage in STAGES]
+    micro = {"micro_batch_size": 4 // layout[1]}  # two micro-batches on every rank
+    mappings = [config(placement, train=micro, parallel=parallel(stage, layout)) for stage in STAGES]
     with tempfile.TemporaryDirectory() as folder:
         outcomes = run_jobs(Path(folder), mappings, processes=layout[0] * layout[1])
     return [

@@ -18,7 +18,8 @@ from tests.dist.grid import STAGES, parallel
 
 def case(kind: str, placement: str, stage: int, layout: tuple[int, int, bool]) -> dict:
     norm = {"kind": kind, "gate_rank": 3, "embedding": True, "placement": placement}
-    return config(norm=norm, parallel=parallel(stage, layout))
+    small = {"model": {"num_hidden_layers": 2}, "train": {"micro_batch_size": 8 // layout[1]}}
+    return config(norm=norm, parallel=parallel(stage, layout), **small)
 
 
 def test_data_parallel(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_one_process(tmp_path: Path) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     """With accumulation, and with a different number of scored tokens on each rank and micro-batch."""
-    data = [config("mix", parallel=parallel(stage, (1, 2, False))) for stage in STAGES]
+    data = [config("mix", train={"micro_batch_size": 1}, parallel=parallel(stage, (1, 2, False))) for stage in STAGES]
     tensor = [config("mix", parallel=parallel(stage, TP2)) for stage in STAGES]
     sequence = [config("peri", parallel=parallel(stage, TP2_SP)) for stage in STAGES]
     check(tmp_path, data + tensor + sequence, processes=2, ignore=0.3)
@@ -89,7 +89,11 @@ def test_bf16_follows_fp32(tmp_path: Path) -> None:
 def test_grid(tmp_path: Path, placement: str, processes: int) -> None:
     """The contract's grid; `python -m tests.dist.grid` prints its figures."""
     layouts = {1: [(1, 1, False)], 2: [(1, 2, False), TP2, TP2_SP], 4: [(1, 4, False), (2, 2, False), (2, 2, True)]}
-    cells = [parallel(stage, layout) for layout in layouts[processes] for stage in STAGES]
-    check(tmp_path, [config(placement, parallel=cell) for cell in cells], processes)
+    mappings = [
+        config(placement, train={"micro_batch_size": 4 // layout[1]}, parallel=parallel(stage, layout))
+        for layout in layouts[processes]
+        for stage in STAGES
+    ]
+    check(tmp_path, mappings, processes)
 
 
