@@ -75,7 +75,7 @@ class Deviation:
 
 
 def run_jobs(
-    folder: Path, mappings: list[dict], processes: int, *, ignore: float = 0.0, steps: int = STEPS
+    folder: Path, mappings: list[dict], processes: int, *, ignore: float = 0.0, steps: int = STEPS, timeout: float = 600
 ) -> list[Outcome]:
     """One start of `processes` ranks that trains each configuration in turn."""
     jobs = [
@@ -84,7 +84,7 @@ def run_jobs(
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     arguments = str(folder / "jobs.json"), str(folder / "results.json")
-    done = run_command("tests/dist/worker.py", *arguments, processes=processes, timeout=600)
+    done = run_command("tests/dist/worker.py", *arguments, processes=processes, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((folder / "results.json").read_text())
     return [

@@ -27,15 +27,21 @@ def parallel(stage: int, layout: Layout, **extra: str) -> dict:
     return {"zero_stage": stage, "tensor": layout[0], "sequence": layout[2], **extra}
 
 
-def row(placement: str, layout: Layout) -> list[float]:
-    """The largest deviation at each ZeRO stage."""
-    micro = {"micro_batch_size": 4 // layout[1]}  # two micro-batches on every rank
-    mappings = [config(placement, train=micro, parallel=parallel(stage, layout)) for stage in STAGES]
+def cells(processes: int) -> dict[tuple[str, Layout], list[float]]:
+    """The largest deviation at each ZeRO stage, for every placement and every layout of so many processes."""
+    keys = [(name, layout) for name, layout in itertools.product(PLACEMENTS, LAYOUTS) if layout[0] * layout[1] == processes]
+    mappings = [
+        # two micro-batches on every rank
+        config(name, train={"micro_batch_size": 4 // layout[1]}, parallel=parallel(stage, layout))
+        for name, layout in keys
+        for stage in STAGES
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = run_jobs(Path(folder), mappings, processes=layout[0] * layout[1])
-    return [
+        outcomes = run_jobs(Path(folder), mappings, processes, timeout=3600)
+    worst = [
         deviation(outcome, reference(mapping)).worst for outcome, mapping in zip(outcomes, mappings, strict=True)
     ]
+    return {key: worst[i * len(STAGES) : (i + 1) * len(STAGES)] for i, key in enumerate(keys)}
 
 
 def main() -> int:
@@ -43,16 +49,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="page in which the table between the grid marks is replaced")
     chosen = parser.parse_args()
-    head = "| placement | TP | DP | SP | " + " | ".join(f"ZeRO {stage}" for stage in STAGES) + " |"
-    lines, worst = [head, "|---|---|---|---|" + "---|" * len(STAGES)], 0.0
-    print("\n".join(lines), flush=True)
-    for placement, layout in itertools.product(PLACEMENTS, LAYOUTS):
-        cells = row(placement, layout)
-        worst = max(worst, *cells)
-        tensor, data, sequence = layout
-        shown = " | ".join(f"{cell:.1e}" for cell in cells)
+    found: dict[tuple[str, Layout], list[float]] = {}
+    for processes in sorted({tensor * data for tensor, data, _ in LAYOUTS}):
+        print(f"{processes} process(es) …", flush=True)
+        found |= cells(processes)
+    lines = ["| placement | TP | DP | SP | " + " | ".join(f"ZeRO {stage}" for stage in STAGES) + " |"]
+    lines.append("|---|---|---|---|" + "---|" * len(STAGES))
+    for placement, (tensor, data, sequence) in itertools.product(PLACEMENTS, LAYOUTS):
+        shown = " | ".join(f"{cell:.1e}" for cell in found[placement, (tensor, data, sequence)])
         lines.append(f"| {placement} | {tensor} | {data} | {'on' if sequence else 'off'} | {shown} |")
-        print(lines[-1], flush=True)
+    worst = max(max(row) for row in found.values())
+    print("\n".join(lines))
     if chosen.write is not None:
         text = chosen.write.read_text(encoding="utf-8")
         before, after = text.split(BEGIN)[0], text.split(END)[1]
