@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nexa.errors import UserError
-from nexa.inference.generate import Sampling, generate, generate_text, nucleus
+from nexa.inference.generate import generate, generate_text
+from nexa.inference.sampling import Sampling, nucleus
 from tests.cli.common import tiny_model, write_checkpoint
 
 
