@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,11 @@ COSINE_MIN_LENGTH = 1e-12
 class AttentionContext:
     """What all blocks of one forward pass share.
 
-    cos, sin: rotary tables [T, head_dim] fp32. shape: (B, T) of the batch. mask: None for plain causal
-    attention, else bool [B, 1, T, T], True where a query may look. cumulative: None, or int32 [documents + 1], the
-    boundaries of documents in the flattened batch, for the variable-length kernel.
+    cos, sin: rotary tables [T, head_dim] fp32 ([B, T, head_dim] where rows have positions of their own).
+    shape: (B, T) of the batch. mask: None for plain causal attention, else bool [B, 1, T, T], True where a query may look. cumulative:
+    None, or int32 [documents + 1], the boundaries of documents in the flattened batch, for the
+    variable-length kernel. extend: None, or what puts a block's new keys and values [B, kv_heads, T, head_dim]
+    behind the cached ones and gives all S; the mask is then [B, 1, T, S], or None when T is 1 or S is T.
     """
 
     cos: Tensor
@@ -34,6 +37,7 @@ class AttentionContext:
     shape: tuple[int, int]
     mask: Tensor | None = None
     cumulative: Tensor | None = None
+    extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def flash_status() -> tuple[bool, str]:
@@ -56,11 +60,15 @@ def document_boundaries(document_ids: Tensor) -> Tensor:
     return torch.cat((offsets, offsets.new_tensor([document_ids.numel()]))).to(torch.int32)
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Causal attention inside documents: bool [B, 1, T, T] from ids [B, T]."""
-    same = document_ids[:, :, None] == document_ids[:, None, :]
+def document_mask(document_ids: Tensor, queries: int | None = None) -> Tensor:
+    """Causal attention inside documents: bool [B, 1, queries, T] from ids [B, T].
+
+    The queries are the last ones; null: all.
+    """
     length = document_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    queries = length if queries is None else queries
+    same = document_ids[:, length - queries :, None] == document_ids[:, None, :]
+    causal = torch.ones(queries, length, dtype=torch.bool, device=document_ids.device).tril(length - queries)
     return (same & causal)[:, None]
 
 
@@ -130,21 +138,23 @@ class SelfAttention(nn.Module):
         q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
         if self.kv_taken is not None:
             k, v = k[:, :, self.kv_taken], v[:, :, self.kv_taken]
+        if context.extend is not None:
+            k, v = (t.transpose(1, 2) for t in context.extend(k.transpose(1, 2), v.transpose(1, 2)))
         y = self._attend(q, k, v, scale, context)
         if self.head_scale is not None:
             y = y * self.head_scale[:, None]
         return self.o_proj(y.reshape(*x.shape[:-1], self.heads * self.head_dim))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, context: AttentionContext) -> Tensor:
-        """[B, T, heads, head_dim] each -> [B, T, heads, head_dim]."""
-        if self.flash and q.dtype in {torch.bfloat16, torch.float16}:
+        """q [B, T, heads, head_dim], k and v [B, S, kv_heads, head_dim] -> [B, T, heads, head_dim]."""
+        if self.flash and context.mask is None and q.dtype in {torch.bfloat16, torch.float16}:
             return _flash(q, k, v, scale, context)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=context.mask,
-            is_causal=context.mask is None,
+            is_causal=context.mask is None and q.shape[1] == k.shape[1],
             scale=scale,
             enable_gqa=k.shape[2] != self.heads,
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.attention import AttentionContext, document_boundaries, document_mask
 from nexa.model.block import Block
+from nexa.model.cache import Cache
 from nexa.model.kinds import NormBuilder
 from nexa.model.layers import Layers
 from nexa.model.placement import block_plans, has_final_norm
@@ -39,9 +42,21 @@ class DecoderStack(nn.Module):
         )
         self.norm = make("final") if has_final_norm(norm) else None
 
-    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """input_ids [B, T] int64, document_ids [B, T] or None -> hidden states [B, T, d] (or a share of the tokens)."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    def forward(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids [B, T] int64, document_ids [B, T] or None -> hidden states [B, T, d] (or a share of the tokens).
+
+        cache: has read P tokens before these and reads these too; document_ids are then [B, P + T]. positions [T]
+        or [B, T]: rotary positions; null counts on from P.
+        """
+        past = 0 if cache is None else cache.get_seq_length()
+        if positions is None:
+            positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         x = self.embed_tokens(input_ids)
         if self.embed_scale is not None:
             x = x * self.embed_scale
@@ -50,10 +65,16 @@ class DecoderStack(nn.Module):
         # angles stay fp32 for half-precision activations: the rotation rounds once, at its end
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = rope_tables(positions, self.head_dim, self.rope_theta, wide)
-        context = self._context(cos, sin, (input_ids.shape[0], input_ids.shape[1]), document_ids)
-        run = RECOMPUTE[self.recompute]
-        for block in self.layers:
-            x = run(block, x, context) if self.training else block(x, context)
+        shape = input_ids.shape[0], input_ids.shape[1]
+        if cache is None:
+            context = self._context(cos, sin, shape, document_ids)
+        else:
+            context = AttentionContext(cos, sin, shape, mask=_cached_mask(input_ids, document_ids, past))
+        run = RECOMPUTE[self.recompute if self.training else "none"]
+        for index, block in enumerate(self.layers):
+            if cache is not None:
+                context = replace(context, extend=partial(cache.update, layer_idx=index))
+            x = run(block, x, context)
         return x if self.norm is None else self.norm(x)
 
     def _context(
@@ -66,6 +87,16 @@ class DecoderStack(nn.Module):
         if first.self_attn.flash:
             return AttentionContext(cos, sin, shape, cumulative=document_boundaries(document_ids))
         return AttentionContext(cos, sin, shape, mask=document_mask(document_ids))
+
+
+def _cached_mask(input_ids: Tensor, document_ids: Tensor | None, past: int) -> Tensor | None:
+    """What the last T of `past` + T tokens may see: bool [B or 1, 1, T, past + T], None where causality says it."""
+    length = input_ids.shape[1]
+    if document_ids is None and (past == 0 or length == 1):
+        return None
+    if document_ids is None:
+        document_ids = input_ids.new_zeros(1, past + length)
+    return document_mask(document_ids, length)
 
 
 class Decoder(nn.Module):
