@@ -14,7 +14,8 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nexa.interop.transformers_config import NexaConfig
-from nexa.model.decoder import DecoderStack, Head
+from nexa.model.decoder import DecoderStack
+from nexa.model.layers import Head
 
 
 class NexaForCausalLM(PreTrainedModel, GenerationMixin):
