@@ -25,9 +25,9 @@ COSINE_MIN_LENGTH = 1e-12
 class AttentionContext:
     """What all blocks of one forward pass share.
 
-    cos, sin: rotary tables [T, head_dim] fp32 ([B, T, head_dim] where rows have positions of their own).
-    shape: (B, T) of the batch. mask: None for plain causal attention, else bool [B, 1, T, T], True where a query may look. cumulative:
-    None, or int32 [documents + 1], the boundaries of documents in the flattened batch, for the
+    cos, sin: rotary tables [T, head_dim] fp32 ([B, T, head_dim] where rows have positions of their own). shape: (B, T)
+    of the batch. mask: None for plain causal attention, else bool [B, 1, T, T], True where a query may look.
+    cumulative: None, or int32 [documents + 1], the boundaries of documents in the flattened batch, for the
     variable-length kernel. extend: None, or what puts a block's new keys and values [B, kv_heads, T, head_dim]
     behind the cached ones and gives all S; the mask is then [B, 1, T, S], or None when T is 1 or S is T.
     """
