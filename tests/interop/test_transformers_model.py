@@ -216,7 +216,7 @@ def test_unsupported_inputs_are_refused(pair):
 
     model = pair[1]
     with pytest.raises(ValueError, match="past_key_values: nexa models do not support static caches"):
-        model(IDS, past_key_values=StaticCache(config=model.config, max_cache_len=20))
+        model(IDS, past_key_values=StaticCache(config=model.config, max_batch_size=2, max_cache_len=20))
     with pytest.raises(ValueError, match="inputs_embeds"):
         model(IDS, inputs_embeds=torch.zeros(2, 12, 32))
     cache = DynamicCache()
