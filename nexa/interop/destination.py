@@ -22,19 +22,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     check_free(path)
     aside = path.with_name(f"{path.name}.{secrets.token_hex(6)}{files.TMP_SUFFIX}")
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        files.fsync_directory(aside)
-        os.rename(aside, path)
-        files.fsync_directory(path.parent)
+        try:
+            aside.mkdir(parents=True)
+            yield aside
+            files.fsync_directory(aside)
+            os.rename(aside, path)
+            files.fsync_directory(path.parent)
+        except BaseException:
+            if aside.is_dir():
+                files.discard(aside)
+            raise
     except OSError as error:
-        files.discard(aside)
-        hint = "; free space or choose another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         where = "" if error.filename is None else f": {error.filename}"
+        hint = "; free space or choose another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise UserError(f"{path}: cannot be written ({error.strerror}{where}){hint}; nothing was left there") from None
-    except BaseException:
-        files.discard(aside)
-        raise
 
 
 def check_free(path: Path) -> None:
