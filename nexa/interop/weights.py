@@ -13,7 +13,7 @@ import torch
 
 from nexa.checkpoint import files
 from nexa.checkpoint.catalog import MODEL_INDEX
-from nexa.checkpoint.files import CHUNK_BYTES, Buffer, FileRecord
+from nexa.checkpoint.files import Buffer, FileRecord
 from nexa.checkpoint.safetensors_io import DTYPE_NAMES, TensorEntry, TensorFile, as_bytes
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.errors import UserError
@@ -22,6 +22,8 @@ from nexa.model.decoder import Decoder
 WEIGHTS = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 """Largest file that Hugging Face's own tools write by default."""
+PIECE = 1 << 20
+"""Elements that are copied at a time."""
 NOTE_SECONDS = 5.0
 Note = Callable[[str], None]
 Shapes = dict[str, tuple[int, ...]]
@@ -68,9 +70,8 @@ class WeightFolder:
         Raises UserError for values that are not finite, or are not any more in `dtype`.
         """
         entry = self.entries[name]
-        step = CHUNK_BYTES // 4
-        for low in range(0, entry.numel, step):
-            piece = torch.empty(min(step, entry.numel - low), dtype=entry.dtype)
+        for low in range(0, entry.numel, PIECE):
+            piece = torch.empty(min(PIECE, entry.numel - low), dtype=entry.dtype)
             self._homes[name].read_into(name, low, piece)
             converted = piece.to(dtype)
             if not bool(torch.isfinite(converted).all()):

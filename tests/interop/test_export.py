@@ -22,8 +22,9 @@ OPEN = """
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-trust = {"trust_remote_code": True} if sys.argv[1] == "trust" else {}
-for folder in sys.argv[2:]:
+for argument in sys.argv[1:]:
+    how, folder = argument.split("=", 1)
+    trust = {"trust_remote_code": True} if how == "trust" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, **trust).eval()
     ids = load_file(folder + ".ids")["ids"]
     with torch.no_grad():
@@ -54,19 +55,28 @@ def check(done, expected, tolerance=1e-5):
     assert torch.equal(found["new"][:, 20], found["logits"][:, -1].argmax(-1))
 
 
-def test_pre_is_a_plain_llama(tmp_path):
-    made = [
+def test_opens_without_nexa(tmp_path):
+    plain = [
         exported(tmp_path, "untied"),
         exported(tmp_path, "tied", tie_word_embeddings=True),
         exported(tmp_path, "shards", shard_bytes=20_000),
     ]
-    assert {path.name for path in made[0][0].path.iterdir()} == PLAIN
+    trust = [
+        exported(tmp_path, "mix", {"placement": "mix", "mix_post_layers": 2}),
+        exported(tmp_path, "hybrid", {"placement": "hybrid_star"}, tie_word_embeddings=True),
+        exported(tmp_path, "dyt", {"placement": "normformer", "kind": "dyt", "residual_gain": True}),
+        exported(tmp_path, "gated", {"placement": "deepnorm", "kind": "gatednorm"}, shard_bytes=30_000),
+        exported(tmp_path, "cosine", {"qk": "cosine"}),
+    ]
+    assert {path.name for path in plain[0][0].path.iterdir()} == PLAIN
+    assert {path.name for path in trust[0][0].path.iterdir()} == PLAIN | set(MODULES)
     with safe_open(tmp_path / "tied" / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
-    lines = python(WITHOUT_NEXA + OPEN, "plain", *(done.path for done, _ in made), home=tmp_path).splitlines()
-    assert lines == ["LlamaForCausalLM transformers Hi"] * 3
-    for done, expected in made:
+    ways = [f"plain={done.path}" for done, _ in plain] + [f"trust={done.path}" for done, _ in trust]
+    lines = python(WITHOUT_NEXA + OPEN, *ways, home=tmp_path).splitlines()
+    assert lines == ["LlamaForCausalLM transformers Hi"] * 3 + ["NexaForCausalLM transformers_modules Hi"] * 5
+    for done, expected in plain + trust:
         check(done, expected)
 
 
@@ -88,27 +98,11 @@ def test_shards_and_index(tmp_path):
     assert index["metadata"]["total_size"] == total == done.weight_bytes
 
 
-def test_other_models_open_without_nexa_by_the_modules_they_carry(tmp_path):
-    made = [
-        exported(tmp_path, "mix", {"placement": "mix", "mix_post_layers": 2}),
-        exported(tmp_path, "hybrid", {"placement": "hybrid_star"}, tie_word_embeddings=True),
-        exported(tmp_path, "dyt", {"placement": "normformer", "kind": "dyt", "residual_gain": True}),
-        exported(tmp_path, "gated", {"placement": "deepnorm", "kind": "gatednorm"}, shard_bytes=30_000),
-        exported(tmp_path, "cosine", {"qk": "cosine"}),
-    ]
-    assert {path.name for path in made[0][0].path.iterdir()} == PLAIN | set(MODULES)
-    lines = python(WITHOUT_NEXA + OPEN, "trust", *(done.path for done, _ in made), home=tmp_path).splitlines()
-    assert lines == ["NexaForCausalLM transformers_modules Hi"] * 5
-    for done, expected in made:
-        check(done, expected)
-
-
 def test_other_models_open_after_importing_nexa_without_trust(tmp_path):
     made = [exported(tmp_path, "peri", {"placement": "peri"}), exported(tmp_path, "seed", {"kind": "seednorm"})]
     root = str(Path(__file__).resolve().parents[2])
-    lines = python(
-        "import sys, nexa" + OPEN, "plain", *(done.path for done, _ in made), home=tmp_path, PYTHONPATH=root
-    ).splitlines()
+    ways = [f"plain={done.path}" for done, _ in made]
+    lines = python("import sys, nexa" + OPEN, *ways, home=tmp_path, PYTHONPATH=root).splitlines()
     assert lines == ["NexaForCausalLM nexa Hi"] * 2
     for done, expected in made:
         check(done, expected)

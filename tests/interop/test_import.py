@@ -56,7 +56,7 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "llama"))
 
@@ -155,9 +155,7 @@ def test_a_tied_head_that_is_stored_too(folder, tmp_path):
 
 def test_tables_of_old_releases_are_left_out(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
-    save_file(
-        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, folder / "model.safetensors"
-    )
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, folder / "model.safetensors")
     done = import_folder(folder, tmp_path / "ours")
     assert load.load_state_dict(done.path).keys() == tensors.keys()
 

@@ -391,3 +391,8 @@ class NexaForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the output head."""
         self.lm_head = new_embeddings
+
+
+# so that save_pretrained copies these modules into the new folder
+NexaConfig.register_for_auto_class("AutoConfig")
+NexaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
