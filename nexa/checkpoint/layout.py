@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nexa.checkpoint.fragment import WEIGHT, Fragment
 from nexa.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES
+from nexa.sharding import Shard
 
 Description = list[list]
-"""JSON of one rank's fragments: [name, shape, [[start, stop, offset], …], {state: dtype name}] each."""
+"""JSON of one rank's fragments: [name, shape, [dim, start, stop] of the shard, [start, stop], {state: dtype name}]
+each."""
 
 
-@dataclass(frozen=True, order=True)
-class Piece:
-    """Elements [start, stop) of a whole tensor, lying from `offset` on in the 1-D tensors of rank `rank`."""
+class Piece(NamedTuple):
+    """Elements [start, stop) of a flattened shard, lying from `offset` on in the 1-D tensors of rank `rank`.
+
+    A tuple and not a dataclass: a plan for many ranks has hundreds of thousands.
+    """
 
     start: int
     stop: int
@@ -26,15 +30,14 @@ class Piece:
     offset: int
 
 
-@dataclass(frozen=True)
-class ParameterPlan:
-    """One logical parameter: rank `writer` puts it together from `pieces`, which tile it in order."""
+class ParameterPlan(NamedTuple):
+    """One logical parameter: rank `writer` puts it together from shards that tile it, each from pieces that tile it."""
 
     name: str
     shape: tuple[int, ...]
     states: dict[str, str]
     writer: int
-    pieces: tuple[Piece, ...]
+    shards: dict[Shard, tuple[Piece, ...]]
 
     @property
     def numel(self) -> int:
@@ -47,13 +50,25 @@ class ParameterPlan:
         return _nbytes(self.shape, self.states.values())
 
 
-@dataclass
 class _Gathered:
-    """What all ranks said about one parameter."""
+    """What all ranks said about one parameter; `held` by shard."""
 
-    shape: tuple[int, ...]
-    states: dict[str, str]
-    held: list[Piece]
+    def __init__(self, shape: tuple[int, ...], states: dict[str, str]) -> None:
+        self.shape, self.states = shape, states
+        self.held: dict[Shard, list[Piece]] = {}
+
+    @property
+    def cost(self) -> int:
+        """Bytes of all its tensors."""
+        return _nbytes(self.shape, self.states.values())
+
+    def owned(self) -> dict[int, int]:
+        """Elements by rank."""
+        counts: dict[int, int] = {}
+        for pieces in self.held.values():
+            for piece in pieces:
+                counts[piece.rank] = counts.get(piece.rank, 0) + piece.stop - piece.start
+        return counts
 
 
 def describe(fragments: list[Fragment]) -> Description:
@@ -64,7 +79,13 @@ def describe(fragments: list[Fragment]) -> Description:
             f"two fragments of one parameter on one rank: {sorted({n for n in names if names.count(n) > 1})}"
         )
     return [
-        [f.name, list(f.shape), [list(r) for r in f.ranges], {s: DTYPE_NAMES[t.dtype] for s, t in f.tensors.items()}]
+        [
+            f.name,
+            list(f.shape),
+            [f.shard.dim, f.shard.start, f.shard.stop],
+            [f.start, f.stop],
+            {state: DTYPE_NAMES[tensor.dtype] for state, tensor in f.tensors.items()},
+        ]
         for f in fragments
     ]
 
@@ -78,10 +99,11 @@ def make_plan(descriptions: list[Description]) -> dict[str, ParameterPlan]:
     """
     gathered = _gather(descriptions)
     writers = _assign(gathered, len(descriptions))
-    return {
-        name: ParameterPlan(name, one.shape, one.states, writers[name], _cover(name, one, writers[name]))
-        for name, one in sorted(gathered.items())
-    }
+    plan: dict[str, ParameterPlan] = {}
+    for name, one in sorted(gathered.items()):
+        shards = {shard: _cover(name, shard, one.held[shard], writers[name]) for shard in _tiling(name, one)}
+        plan[name] = ParameterPlan(name, one.shape, one.states, writers[name], shards)
+    return plan
 
 
 def file_names(plan: Mapping[str, ParameterPlan], rank: int) -> dict[str, str]:
@@ -116,27 +138,31 @@ def _gather(descriptions: list[Description]) -> dict[str, _Gathered]:
     """Merge the ranks' descriptions by parameter."""
     gathered: dict[str, _Gathered] = {}
     for rank, description in enumerate(descriptions):
-        for name, shape, ranges, states in description:
-            one = gathered.setdefault(name, _Gathered(tuple(shape), states, []))
+        for name, extents, (dim, low, high), (start, stop), states in description:
+            shape = tuple(extents)
+            one = gathered.setdefault(name, _Gathered(shape, states))
             # A rank that owns no element may have no state either.
-            if one.shape != tuple(shape) or (ranges and one.held and one.states != states):
-                raise ValueError(f"{name}: rank {rank} has {shape} {states}, another {one.shape} {one.states}")
-            if ranges and not one.held:
+            if one.shape != shape or (start < stop and one.held and one.states != states):
+                raise ValueError(f"{name}: rank {rank} has {extents} {states}, another {list(one.shape)} {one.states}")
+            if start == stop:
+                continue
+            if not one.held:
                 one.states = states
-            one.held.extend(Piece(start, stop, rank, offset) for start, stop, offset in ranges)
+            shard = Shard(shape, dim, low, high)
+            if shard.is_whole:  # cut along which dimension does not matter then
+                shard = Shard.whole(shape)
+            one.held.setdefault(shard, []).append(Piece(start, stop, rank, 0))
     return gathered
 
 
 def _assign(gathered: dict[str, _Gathered], world_size: int) -> dict[str, int]:
     """A writer for each parameter: the rank that owns most of it while its share is fair, else the least loaded."""
-    cost = {name: _nbytes(one.shape, one.states.values()) for name, one in gathered.items()}
+    cost = {name: one.cost for name, one in gathered.items()}
     fair = sum(cost.values()) / world_size
     load = [0] * world_size
     writers: dict[str, int] = {}
     for name in sorted(cost, key=lambda n: (-cost[n], n)):
-        owned = dict.fromkeys((piece.rank for piece in gathered[name].held), 0)
-        for piece in gathered[name].held:
-            owned[piece.rank] += piece.stop - piece.start
+        owned = gathered[name].owned()
         main = min(owned, key=lambda rank: (-owned[rank], load[rank], rank), default=0)
         least = min(range(world_size), key=lambda rank: (load[rank], rank))
         writers[name] = main if load[main] + cost[name] <= fair else least
@@ -144,23 +170,39 @@ def _assign(gathered: dict[str, _Gathered], world_size: int) -> dict[str, int]:
     return writers
 
 
-def _cover(name: str, one: _Gathered, writer: int) -> tuple[Piece, ...]:
-    """Pieces that tile the parameter without overlap: the writer's own, else the longest, else the lowest rank's."""
-    held = sorted(one.held)
+def _tiling(name: str, one: _Gathered) -> list[Shard]:
+    """The shards of a parameter in order. Raises ValueError when they do not tile it along one dimension."""
+    shards = sorted(one.held)
+    at = 0
+    for shard in shards:
+        if shard.dim != shards[0].dim or shard.start != at:
+            ranges = [(s.dim, s.start, s.stop) for s in shards]
+            raise ValueError(f"{name} {list(one.shape)}: shards (dim, start, stop) {ranges} do not tile it")
+        at = shard.stop
+    dim = shards[0].dim if shards else 0
+    if at < one.shape[dim]:
+        raise ValueError(f"{name} {list(one.shape)}: from index {at} of dimension {dim} on it belongs to no rank")
+    return shards
+
+
+def _cover(name: str, shard: Shard, pieces: list[Piece], writer: int) -> tuple[Piece, ...]:
+    """Pieces that tile the shard without overlap: the writer's own, else the longest, else the lowest rank's."""
+    held = sorted(pieces)
     own = [piece for piece in held if piece.rank == writer]
     tiles: list[Piece] = []
-    at, numel, seen, live = 0, math.prod(one.shape), 0, []
-    while at < numel:
+    live: list[Piece] = []
+    at, seen = 0, 0
+    while at < shard.numel:
         while seen < len(held) and held[seen].start <= at:
             live.append(held[seen])
             seen += 1
         live = [piece for piece in live if piece.stop > at]
         if not live:
-            raise ValueError(f"{name}: element {at} of {numel} belongs to no rank")
+            raise ValueError(f"{name}: element {at} of {shard} belongs to no rank")
         best = min(live, key=lambda piece: (piece.rank != writer, -piece.stop, piece.rank))
         stop = best.stop
         if best.rank != writer:
             stop = min([stop, *(piece.start for piece in own if piece.start > at)])
-        tiles.append(Piece(at, stop, best.rank, best.offset + at - best.start))
+        tiles.append(Piece(at, stop, best.rank, at - best.start))
         at = stop
     return tuple(tiles)

@@ -44,18 +44,20 @@ def load_fragments(
         lines = "".join(f"\n  - {line}" for line in problems[:_LISTED] + more)
         raise UserError(f"checkpoint {path} does not fit this model and optimizer:{lines}")
     reads = [
-        (stored[f.name]["states"][state], file_key(state, f.name), start, tensor[offset : offset + stop - start])
+        (stored[f.name]["states"][state], file_key(state, f.name), f, tensor)
         for f in wanted
+        if f.numel
         for state, tensor in f.tensors.items()
-        for start, stop, offset in f.ranges
     ]
-    reads.sort(key=lambda read: read[:3])
+    reads.sort(key=lambda read: read[:2])
     for file, group in itertools.groupby(reads, key=lambda read: read[0]):
         with TensorFile(path / file) as source:
-            for _, key, start, out in group:
+            for _, key, fragment, tensor in group:
                 if key not in source.entries:
                     raise catalog.damaged(path, file, f"does not hold {key}")
-                source.read_into(key, start, out)
+                for run in fragment.shard.runs(fragment.start, fragment.stop):
+                    at = run.offset - fragment.start
+                    source.read_rows(key, run, tensor[at : at + run.rows * run.width])
     if not states:
         return {}
     scalars: dict[str, dict[str, float]] = read_state(path).get("scalars", {})
@@ -85,7 +87,7 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 def _weights_only(fragment: Fragment) -> Fragment:
     tensors = {state: tensor for state, tensor in fragment.tensors.items() if state == WEIGHT}
-    return Fragment(fragment.name, fragment.shape, fragment.start, fragment.stop, tensors, {})
+    return Fragment(fragment.name, fragment.shard, fragment.start, fragment.stop, tensors, {})
 
 
 def _compare(

@@ -20,6 +20,7 @@ import torch
 
 from nexa.checkpoint.files import CHUNK_BYTES, Buffer, FileRecord, write_file
 from nexa.errors import UserError
+from nexa.sharding import Run
 
 DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
@@ -33,6 +34,10 @@ DTYPES: dict[str, torch.dtype] = {
 """Names of the element types in a header."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
+GAP_BYTES = 4096
+"""Bytes between two rows that are rather read than skipped: one more read takes as long, and a disk reads whole pages
+anyway (measured: docs/benchmarks.md)."""
+_GAPPED_BYTES = 1 << 20  # rows and gaps read at once; in the processor's cache while they are picked apart
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class TensorEntry:
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous 1-D tensor as uint8, without a copy."""
-    return tensor.view(torch.uint8)
+    # A single element may have any stride and be contiguous; `view` wants 1.
+    return tensor.as_strided(tensor.shape, (1,)).view(torch.uint8)
 
 
 def write_tensors(
@@ -133,26 +139,66 @@ class TensorFile:
         return entry
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill 1-D `out` with elements [start, start + len(out)) of the row-major tensor `name`.
+        """Fill 1-D `out` with elements [start, start + len(out)) of the row-major tensor `name`."""
+        self.read_rows(name, Run(start, out.numel(), 1, out.numel(), 0), out)
 
-        Only those bytes are read. Another element type or device than the file's is converted in bounded memory.
+    def read_rows(self, name: str, run: Run, out: torch.Tensor) -> None:
+        """Fill 1-D `out` with the elements of the row-major tensor `name` that `run` lists.
+
+        Only those bytes are read, and gaps between rows of at most GAP_BYTES. Another element type or device than
+        the file's, and rows with such gaps, go through a buffer of bounded size.
         """
-        entry = self.entries[name]
-        assert out.dim() == 1 and start >= 0 and start + out.numel() <= entry.numel, name
+        entry, out = self.entries[name], out.detach()
         width = entry.dtype.itemsize
-        if out.dtype == entry.dtype and out.device.type == "cpu" and out.is_contiguous():
-            self._read(as_bytes(out.detach()), entry.begin + start * width)
+        assert out.dim() == 1 and out.numel() == run.rows * run.width and run.start >= 0, name
+        assert run.start + (run.rows - 1) * run.stride + run.width <= entry.numel, name
+        begin, gap = entry.begin + run.start * width, (run.stride - run.width) * width
+        if run.rows == 1 or gap == 0:
+            self._read_span(begin, entry.dtype, out)
+        elif gap <= GAP_BYTES:
+            self._read_gaps_too(begin, entry.dtype, run, out)
+        else:
+            self._read_rows_alone(begin, entry.dtype, run, out)
+
+    def _read_span(self, begin: int, dtype: torch.dtype, out: torch.Tensor) -> None:
+        """Fill `out` from byte `begin` on."""
+        if _takes(out, dtype):
+            self._read(_memory(out), begin)
             return
-        step = CHUNK_BYTES // width
-        buffer = torch.empty(min(step, out.numel()), dtype=entry.dtype)
+        step = CHUNK_BYTES // dtype.itemsize
+        buffer = torch.empty(min(step, out.numel()), dtype=dtype)
         for low in range(0, out.numel(), step):
             part = buffer[: min(step, out.numel() - low)]
-            self._read(as_bytes(part), entry.begin + (start + low) * width)
-            out.detach()[low : low + part.numel()].copy_(part)
+            self._read(_memory(part), begin + low * dtype.itemsize)
+            out[low : low + part.numel()].copy_(part)
 
-    def _read(self, out: torch.Tensor, offset: int) -> None:
-        """Fill the uint8 tensor `out` from byte `offset` on."""
-        view = out.numpy().data
+    def _read_gaps_too(self, begin: int, dtype: torch.dtype, run: Run, out: torch.Tensor) -> None:
+        """Fill `out` with rows from byte `begin` on, many at once and what lies between them."""
+        step = max(1, _GAPPED_BYTES // (run.stride * dtype.itemsize))
+        buffer = torch.empty(min(step, run.rows) * run.stride, dtype=dtype)
+        for low in range(0, run.rows, step):
+            rows = min(step, run.rows - low)
+            part = buffer[: (rows - 1) * run.stride + run.width]
+            self._read(_memory(part), begin + low * run.stride * dtype.itemsize)
+            picked = part.as_strided((rows, run.width), (run.stride, 1))
+            out[low * run.width : (low + rows) * run.width].view(rows, run.width).copy_(picked)
+
+    def _read_rows_alone(self, begin: int, dtype: torch.dtype, run: Run, out: torch.Tensor) -> None:
+        """Fill `out` with rows from byte `begin` on, one read for each."""
+        length, stride = run.width * dtype.itemsize, run.stride * dtype.itemsize
+        direct, step = _takes(out, dtype), max(1, CHUNK_BYTES // length)
+        buffer = torch.empty(0 if direct else min(step, run.rows) * run.width, dtype=dtype)
+        for low in range(0, run.rows, step):
+            part = out[low * run.width : min(low + step, run.rows) * run.width]
+            target = part if direct else buffer[: part.numel()]
+            memory = _memory(target)
+            for row in range(part.numel() // run.width):
+                self._read(memory[row * length : (row + 1) * length], begin + (low + row) * stride)
+            if not direct:
+                part.copy_(target)
+
+    def _read(self, view: memoryview, offset: int) -> None:
+        """Fill `view` from byte `offset` on."""
         while view:
             try:
                 count = os.preadv(self._fd, [view[: 1 << 30]], offset)
@@ -161,3 +207,13 @@ class TensorFile:
             if count == 0:
                 raise UserError(f"{self.path}: cut short, no byte at {offset}")
             view, offset = view[count:], offset + count
+
+
+def _takes(out: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether bytes of a file of `dtype` can be read right into `out`."""
+    return out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable."""
+    return as_bytes(tensor).numpy().data

@@ -98,7 +98,7 @@ class CheckpointWriter:
             self._buffers = allocate(self._plan, self._link.rank, pinned=on_gpu)
         collect(self._link, self._plan, by_name, self._buffers, self.message_bytes)
         # Of several owners of a parameter the first to give a piece tells its scalars.
-        first = {name: one.pieces[0].rank for name, one in self._plan.items() if one.pieces}
+        first = {name: next(iter(one.shards.values()))[0].rank for name, one in self._plan.items() if one.shards}
         job = SaveJob(
             root=self.root,
             step=step,

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 
 import pytest
@@ -10,7 +9,6 @@ import safetensors
 import torch
 
 from nexa.checkpoint import files
-from nexa.checkpoint.fragment import Fragment
 from nexa.checkpoint.load import find, list_checkpoints, load_fragments, load_state_dict, read_state, verify
 from nexa.checkpoint.save import CheckpointWriter
 from nexa.errors import UserError
@@ -18,16 +16,16 @@ from nexa.errors import UserError
 from .common import SHAPES, assert_filled, blank, cut, run_world, whole
 
 
-def _write(rank, world, root, seeds):
+def _write(rank, world, root, seeds, tensor=1):
     """A checkpoint per seed of the cut; small odd messages so that pieces are split."""
-    writer = CheckpointWriter(root, rank=rank, world_size=world, message_bytes=52)
+    writer = CheckpointWriter(root, rank=rank, world_size=world, message_bytes=53)
     for seed in seeds:
         step = 100 + seed
-        fragments = cut(whole(step), rank, world, seed)
+        fragments = cut(whole(step), rank, world, seed, tensor)
         writer.save(step, fragments, {"tokens": step}, {"model_type": "llama"}, {})
         for fragment in fragments:
-            for tensor in fragment.tensors.values():
-                tensor.zero_()
+            for state in fragment.tensors.values():
+                state.zero_()
         # No rank holds more than its share: nothing gathers the model.
         total = sum(4 * t.numel() for tensors in whole(0).values() for t in tensors.values())
         largest = max(sum(4 * t.numel() for t in tensors.values()) for tensors in whole(0).values())
@@ -38,22 +36,27 @@ def _write(rank, world, root, seeds):
     writer.close()
 
 
-def _read(rank, world, root, seeds):
+def _read(rank, world, root, seeds, tensor=1):
     for path in list_checkpoints(root):
         verify(path, rank, world)
         step = read_state(path)["tokens"]
         for seed in seeds:
-            fragments = blank(whole(step), rank, world, seed)
+            fragments = blank(whole(step), rank, world, seed, tensor)
             scalars = load_fragments(path, fragments, parameters=SHAPES)
             assert_filled(fragments, whole(step))
             assert scalars == {name: {"step": 3.0 + index} for index, name in enumerate(SHAPES)}
 
 
-@pytest.mark.parametrize(("writers", "readers"), [(1, 4), (2, 3), (4, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("writers", "readers"),
+    [((1, 1), (4, 2)), ((2, 1), (3, 1)), ((4, 2), (2, 1)), ((3, 1), (1, 1)), ((4, 4), (4, 2)), ((2, 2), (4, 4))],
+)
 def test_written_by_some_read_by_others(tmp_path, writers, readers):
-    run_world(writers, _write, tmp_path, [-1, 0, 1, 2])
-    assert len(list_checkpoints(tmp_path)) == 4
-    run_world(readers, _read, tmp_path, [-1, 3, 4])
+    """(processes, tensor-parallel ranks) of each."""
+    seeds = [-1, *range(6)]
+    run_world(writers[0], _write, tmp_path, seeds, writers[1])
+    assert len(list_checkpoints(tmp_path)) == len(seeds)
+    run_world(readers[0], _read, tmp_path, [-1, 13, 14, 15], readers[1])
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -110,53 +113,6 @@ def test_a_full_disk_on_one_rank(tmp_path, culprit, asynchronous, step):
     run_world(2, _fill_disk, tmp_path, culprit, asynchronous, step)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
     verify(find(tmp_path))
-
-
-class Columns(Fragment):
-    """A fragment of several ranges: a share of a matrix's columns, as tensor parallelism cuts it."""
-
-    @property
-    def ranges(self):
-        rows, columns = self.shape
-        width = self.numel // rows
-        first = self.start % columns
-        return tuple((row * columns + first, row * columns + first + width, row * width) for row in range(rows))
-
-    @property
-    def numel(self):
-        return len(self.tensors["weight"])
-
-
-def _columns(rank, world, model):
-    fragments = []
-    for name, tensors in model.items():
-        shape = tuple(tensors["weight"].shape)
-        low, high = (shape[1] * r // world for r in (rank, rank + 1))
-        flat = {state: tensor[:, low:high].reshape(-1).clone() for state, tensor in tensors.items()}
-        fragments.append(Columns(name, shape, low, math.prod(shape), flat, {}))
-    return fragments
-
-
-def _matrices(seed):
-    return {name: tensors for name, tensors in whole(seed).items() if tensors["weight"].dim() == 2}
-
-
-def _write_columns(rank, world, root):
-    writer = CheckpointWriter(root, rank=rank, world_size=world, message_bytes=52)
-    writer.save(1, _columns(rank, world, _matrices(1)), {}, {}, {})
-    writer.close()
-    expected = _columns(rank, world + 1, _matrices(1))
-    fragments = _columns(rank, world + 1, _matrices(2))
-    load_fragments(find(root), fragments)
-    for one, other in zip(fragments, expected, strict=True):
-        assert all(torch.equal(one.tensors[state], other.tensors[state]) for state in other.tensors)
-
-
-def test_fragments_of_several_ranges(tmp_path):
-    run_world(2, _write_columns, tmp_path)
-    fragments = blank(_matrices(1), 0, 1, 0)
-    load_fragments(find(tmp_path), fragments)
-    assert_filled(fragments, _matrices(1))
 
 
 def _subgroups(rank, world, root):

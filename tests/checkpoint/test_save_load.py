@@ -14,6 +14,7 @@ from nexa.checkpoint.fragment import Fragment
 from nexa.checkpoint.load import find, list_checkpoints, load_fragments, load_state_dict, read_state, verify
 from nexa.checkpoint.save import CheckpointWriter
 from nexa.errors import UserError
+from nexa.sharding import Shard
 
 from .common import SHAPES, assert_filled, blank, cut, whole
 
@@ -30,11 +31,11 @@ def saved(tmp_path_factory):
     return save(tmp_path_factory.mktemp("run") / "checkpoints")
 
 
-@given(st.integers(1, 6), st.integers(0, 10_000))
+@given(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(0, 10_000))
 @settings(max_examples=40, deadline=None)
-def test_any_cut_reads_its_own_bits(saved, world, seed):
-    for rank in range(world):
-        fragments = blank(whole(3), rank, world, seed)
+def test_any_cut_reads_its_own_bits(saved, data, tensor, seed):
+    for rank in range(data * tensor):
+        fragments = blank(whole(3), rank, data * tensor, seed, tensor)
         scalars = load_fragments(saved, fragments, parameters=SHAPES)
         assert_filled(fragments, whole(3))
         assert scalars == {name: {"step": 3.0 + index} for index, name in enumerate(SHAPES)}
@@ -47,6 +48,25 @@ def test_a_rank_reads_only_its_bytes(saved, monkeypatch):
     fragments = blank(whole(3), 1, 4, 11)
     load_fragments(saved, fragments)
     assert sum(read) == sum(t.numel() * 4 for f in fragments for t in f.tensors.values())
+
+
+@pytest.mark.parametrize(("columns", "over_read"), [(2000, 3 * 800), (3248, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shard_reads_its_rows_and_short_gaps_only(tmp_path, monkeypatch, columns, over_read, dtype):
+    """4 rows of 1200 elements: gaps of 3200 bytes are read through, gaps of 8192 are not."""
+    full = torch.randn(4, columns)
+    writer = CheckpointWriter(tmp_path)
+    writer.save(1, [Fragment("p", Shard.whole((4, columns)), 0, full.numel(), {"weight": full.view(-1)}, {})], {}, {})
+    writer.close()
+    read, original = [], commit.os.preadv
+    monkeypatch.setattr("os.preadv", lambda fd, views, at: read.append(len(views[0])) or original(fd, views, at))
+    for dim, low, high, gaps in ((1, 500, 1700, over_read), (0, 1, 3, 0)):
+        read.clear()
+        shard = Shard((4, columns), dim, low, high)
+        out = torch.zeros(shard.numel, dtype=dtype)
+        load_fragments(find(tmp_path), [Fragment("p", shard, 0, shard.numel, {"weight": out}, {})], states=False)
+        assert torch.equal(out, shard.take(full).reshape(-1).to(dtype))
+        assert sum(read) == 4 * (shard.numel + gaps)
 
 
 def test_files_are_those_of_the_contract(saved):
@@ -77,7 +97,7 @@ def test_state_dict_and_weights_only(saved):
 def test_other_precision_converts(saved):
     name = "lm_head.weight"
     out = torch.zeros(10, dtype=torch.bfloat16)
-    load_fragments(saved, [Fragment(name, SHAPES[name], 5, 15, {"weight": out}, {})], states=False)
+    load_fragments(saved, [Fragment(name, Shard.whole(SHAPES[name]), 5, 15, {"weight": out}, {})], states=False)
     assert torch.equal(out, whole(3)[name]["weight"].reshape(-1)[5:15].bfloat16())
 
 
@@ -177,7 +197,7 @@ def test_leftovers_go_and_foreign_folders_stay(tmp_path):
 def test_names_that_do_not_fit_are_listed_together(saved):
     model = whole(3)
     model["model.norm.weight"] = {"weight": torch.zeros(4)}
-    model["lm_head.weight"] = {"weight": torch.zeros(8, 37)}
+    model["lm_head.weight"] = {"weight": torch.zeros(8, 61)}
     del model["model.embed_scale"]
     fragments = cut(model, 0, 1, 0)
     shapes = {f.name: f.shape for f in fragments}
@@ -185,7 +205,7 @@ def test_names_that_do_not_fit_are_listed_together(saved):
         load_fragments(saved, fragments, states=False, parameters=shapes)
     for part in (
         "model.norm.weight [4]: missing in the checkpoint",
-        "lm_head.weight: shape [37, 8] in the checkpoint, [8, 37] here",
+        "lm_head.weight: shape [61, 8] in the checkpoint, [8, 61] here",
         "model.embed_scale [1]: in the checkpoint, not in this model",
         str(saved),
     ):

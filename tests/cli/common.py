@@ -11,6 +11,7 @@ from nexa.config.schema import ModelConfig, NormConfig
 from nexa.interop.huggingface import config_json
 from nexa.model.decoder import Decoder
 from nexa.model.init import initialise
+from nexa.sharding import Shard
 
 BYTES_VOCABULARY = 257
 
@@ -47,7 +48,7 @@ def write_checkpoint(
     fragments = []
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1).clone()
-        fragments.append(Fragment(name, tuple(parameter.shape), 0, flat.numel(), {"weight": flat}, {}))
+        fragments.append(Fragment(name, Shard.whole(tuple(parameter.shape)), 0, flat.numel(), {"weight": flat}, {}))
     config = config_json(model.config, model.norm_config, eos_token_id=eod_id)
     if tokenizer is None:
         config["nexa_tokenizer"] = "bytes"
