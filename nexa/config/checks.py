@@ -255,20 +255,18 @@ def _world_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"parallel.tensor={tensor}: must divide the number of processes, {world_size}: one of {fitting}"
 
 
-@_reads(
-    "parallel.tensor",
-    "model.num_attention_heads",
-    "model.intermediate_size",
-)
+@_reads("parallel.tensor", "parallel.backend", "model.num_attention_heads", "model.intermediate_size")
 def _tensor_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
-    """Key-value heads and the vocabulary need not divide: the first are repeated, the second is padded."""
-    tensor = cfg.parallel.tensor
-    for name in ("num_attention_heads", "intermediate_size"):
+    """Key-value heads and the vocabulary need not divide: the first are repeated, the second is padded. The
+    feed-forward is shared out unevenly, which megatron-core cannot."""
+    tensor, megatron = cfg.parallel.tensor, cfg.parallel.backend == "megatron"
+    for name in ("num_attention_heads", *(("intermediate_size",) if megatron else ())):
         value = getattr(cfg.model, name)
         if value % tensor:
+            other = ", or parallel.backend=native" if name == "intermediate_size" else ""
             yield (
                 f"model.{name}={value}: not divisible by parallel.tensor={tensor}; "
-                f"set model.{name}={_multiples(value, tensor)}, or parallel.tensor={math.gcd(value, tensor)}"
+                f"set model.{name}={_multiples(value, tensor)}, or parallel.tensor={math.gcd(value, tensor)}{other}"
             )
 
 

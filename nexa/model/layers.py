@@ -92,7 +92,7 @@ class Layers:
         self.device = device
 
     def features(self, size: int) -> Features:
-        """A dimension inside a sublayer. `size` must be divisible by `tensor_size`."""
+        """A dimension inside a sublayer."""
         return Features.whole(size)
 
     @property

@@ -104,10 +104,9 @@ class NativeLayers(Layers):
         self.rank, self.tensor_size = dist.get_rank(group), group.size()
 
     def features(self, size: int) -> Features:
-        """This rank's equal share of a dimension."""
-        assert size % self.tensor_size == 0, f"{size} features over {self.tensor_size} ranks"
-        each = size // self.tensor_size
-        return Features(size, self.rank * each, (self.rank + 1) * each, partial(collectives.total, group=self.group))
+        """This rank's share of a dimension; shares differ by one where the ranks do not divide it."""
+        start, stop = (size * rank // self.tensor_size for rank in (self.rank, self.rank + 1))
+        return Features(size, start, stop, partial(collectives.total, group=self.group))
 
     @property
     def enter(self) -> Crossing:

@@ -108,7 +108,8 @@ def choose_backend(cfg: Config, device: torch.device) -> str:
         return "native"
     if cfg.parallel.backend != "auto":
         return cfg.parallel.backend
-    return "megatron" if device.type == "cuda" else "native"
+    divides = cfg.model.intermediate_size % cfg.parallel.tensor == 0  # megatron-core has no uneven shares
+    return "megatron" if device.type == "cuda" and divides else "native"
 
 
 def _groups_of(size: int, world_size: int, timeout: timedelta) -> tuple[list[dist.ProcessGroup], ...]:
