@@ -37,11 +37,11 @@ def test_the_insides_of_attention(tmp_path: Path) -> None:
     check(tmp_path, mappings, processes=2)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (12, 3)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (12, 3)])
 def test_fewer_key_value_heads_than_ranks(tmp_path: Path, heads: int, kv_heads: int) -> None:
     """Four ranks: heads that several share, and three heads whose queries lie across ranks; an uneven feed-forward."""
     model = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": 41}
-    plain = [config("pre", model=model, parallel=parallel(stage, (4, 1, stage == 1))) for stage in (0, 1, 3)]
+    plain = [config("pre", model=model, parallel=parallel(stage, (4, 1, stage == 1))) for stage in (1, 3)]
     normed = [config("pre", model=model, norm={"qk": "rms_full"}, parallel=parallel(2, (4, 1, True)))]
     check(tmp_path, plain + normed, processes=4)
 
@@ -62,7 +62,7 @@ def test_recomputation_changes_nothing(tmp_path: Path) -> None:
             for stage in (0, 3)
             for how in ("none", "selective", "full")
         ]
-        outcomes = run_jobs(tmp_path, mappings, processes)
+        outcomes = run_jobs(tmp_path, mappings, processes, steps=5)
         for first in (0, 3):
             for other in outcomes[first + 1 : first + 3]:
                 assert deviation(other, outcomes[first]).worst <= 1e-6
