@@ -91,11 +91,24 @@ def keep_freed_memory() -> bool:
     CPU tensors have no caching allocator, and glibc gives every freed block above 32 MiB back to the kernel, which
     zeroes its pages again in the next step. Resident memory then stays at its peak. Call it before training.
     """
+    m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
+    return _mallopt(m_mmap_max, 0) and _mallopt(m_trim_threshold, -1)
+
+
+def return_freed_memory() -> bool:
+    """Let glibc give every block from 1 MiB on back to the kernel when it is freed; whether that was possible.
+
+    Its own threshold grows with what is freed, and matrices that are made one after the other, each leaving a part
+    behind, then leave holes in the heap that no later one fits: a whole model's worth. For the time of building one.
+    """
+    m_mmap_threshold = -3
+    return _mallopt(m_mmap_threshold, 1 << 20)
+
+
+def _mallopt(option: int, value: int) -> bool:
     import ctypes
 
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return bool(ctypes.CDLL(None).mallopt(option, value))
     except (AttributeError, OSError):  # macOS, musl
         return False
-    m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
-    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nexa.checkpoint.fragment import Fragment
 from nexa.config.schema import Config
+from nexa.hardware import keep_freed_memory
 from nexa.model.decoder import Decoder
 from nexa.optim import build
 from nexa.parallel import private
@@ -86,6 +87,9 @@ class Engine:
         )
         self.module: Decoder = self._engine.module
         self._check_layout()
+        if self.device.type == "cpu":
+            # not before: kept memory between a model's parts would grow to a second model
+            keep_freed_memory()
 
     @staticmethod
     def prepare(topology: Topology) -> Any:

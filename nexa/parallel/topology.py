@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nexa.config.schema import Config
-from nexa.hardware import keep_freed_memory
+from nexa.hardware import return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ def connect(cfg: Config) -> Topology:
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        keep_freed_memory()
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    return_freed_memory()
     timeout = timedelta(seconds=cfg.parallel.timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():

@@ -97,3 +97,9 @@ def test_grid(tmp_path: Path, placement: str, processes: int) -> None:
     check(tmp_path, mappings, processes)
 
 
+
+
+@pytest.mark.slow
+def test_compiled_blocks_with_collectives_inside(tmp_path: Path) -> None:
+    compiled = {"compile": True}
+    check(tmp_path, [config("peri", train=compiled, parallel=parallel(1, layout)) for layout in (TP2, TP2_SP)], 2)
