@@ -51,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--mfu",
-        type=_share,
+        type=_fraction,
         metavar="S",
         help="share of the peak FLOP/s reached (default: by width, 0.2-0.45)",
     )
@@ -83,6 +83,13 @@ def _share(text: str) -> float:
     value = _positive(text) if text not in {"0", "0.0"} else 0.0
     if value >= 1:
         raise argparse.ArgumentTypeError(f"{text}: must be in [0, 1), for example 0.05")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be in (0, 1], for example 0.4")
     return value
 
 

@@ -86,19 +86,19 @@ def gradients(layout: Layout, count: Sizes) -> Gradients:
     if layout.stage == 2 and layout.half:
         # one fp32 buffer for the rank's share, from the first reduction to the update, whose norm is summed in fp64
         share, norm = FP32 * total / shards, 2 * FP32 * min(count.largest, total / shards)
-        before, pieces = (share, 0.0) if several else (0.0, share)
-        return Gradients(before, 0, pieces, step=share, update=norm, buckets=buckets + copies)
+        earlier, pieces = (share, 0.0) if several else (0.0, share)
+        return Gradients(earlier, 0, pieces, step=share, update=norm, buckets=buckets + copies)
     share = width * total / shards
     update = group * (width + (FP32 if layout.half else 0))
     if layout.stage == 2:
         return Gradients(share * several, 0, share, step=share, update=update, buckets=buckets + copies)
-    before = width * total * several
+    whole = width * total * several
     if layout.overlap:
         # reduced bucket by bucket in the last micro-batch
-        return Gradients(before, 0, share, step=share, update=update, buckets=buckets + copies)
+        return Gradients(whole, 0, share, step=share, update=update, buckets=buckets + copies)
     # a bucket takes the place of the gradients that are copied into it
     reducing = max(copies, share) - width * filled
-    return Gradients(before, 0 if several else width, 0, reducing, share, update, buckets)
+    return Gradients(whole, 0 if several else width, 0, reducing, share, update, buckets)
 
 
 def resident(layout: Layout, count: Sizes) -> tuple[float, float, float]:
@@ -178,7 +178,7 @@ def _head_dim(layout: Layout) -> int:
 
 
 def _largest_of(count: Sizes, index: int) -> float:
-    """Gradients of a block exist one matrix at a time, of which the largest is some third of the block."""
+    """Gradients exist one matrix at a time on their way to a bucket; the largest is at most some third of its block."""
     return count.blocks[index] / 3
 
 

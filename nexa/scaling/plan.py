@@ -80,12 +80,23 @@ class Planner:
         return None if layout is None else self.plan(layout)
 
     def single_changes(self, layout: Layout) -> Iterator[tuple[Changes, Plan]]:
-        """What lowers the peak by a change of one key (sequence parallelism comes with its tensor parallelism)."""
+        """For each key that lowers the peak by itself, the mildest value that fits, else the one that saves most.
+
+        Sequence parallelism comes with its tensor parallelism.
+        """
         before = self.plan(layout).memory.peak.total
-        for changes in one_key(layout):
-            plan = self._with(changes)
-            if plan is not None and plan.memory.peak.total < before:
-                yield changes, plan
+        for _, family in itertools.groupby(one_key(layout), key=tuple):
+            found: tuple[Changes, Plan] | None = None
+            for changes in family:
+                plan = self._with(changes)
+                if plan is None or plan.memory.peak.total >= before:
+                    continue
+                if found is None or plan.memory.peak.total < found[1].memory.peak.total:
+                    found = changes, plan
+                if self.fits(plan):
+                    break
+            if found is not None:
+                yield found
 
     def quickest(self, layout: Layout) -> tuple[Changes, Plan] | None:
         """The layout on as many GPUs that fits and has the shortest step; None when none fits.
@@ -139,7 +150,7 @@ def _tensor_sizes(world: int) -> list[int]:
 
 
 def one_key(layout: Layout) -> Iterator[Changes]:
-    """Changes that may save memory, the ones that cost least first."""
+    """Changes that may save memory, those of one key together and the mildest first."""
     cfg, world = layout.cfg, layout.world
     share = cfg.train.global_batch_size // layout.data
     for micro in reversed([n for n in _divisors(share) if n < cfg.train.micro_batch_size]):

@@ -59,7 +59,7 @@ def test_what_does_not_fit_names_keys_and_what_they_give(capsys):
     assert code == 1
     assert "DOES NOT FIT" in out
     assert re.search(r"train\.micro_batch_size=\d+: +[\d.]+ GiB, fits", out)
-    assert re.search(r"train\.activation_checkpointing=full: +[\d.]+ GiB", out)
+    assert re.search(r"train\.activation_checkpointing=full: +[\d.]+ GiB, fits", out)
     got = found(capsys, *words, code=1)
     assert got["memory"]["fits"] is False
     assert all(option["peak"] < got["memory"]["peak"] for option in got["changes"])
@@ -105,7 +105,9 @@ def test_a_gpu_run_is_planned_without_a_gpu(capsys):
     [
         (("+exp=pre_71m", "--gpus", "0"), "--gpus: 0: must be an integer of at least 1"),
         (("+exp=pre_71m", "--memory-gib", "-3"), "must be a number greater than 0"),
-        (("+exp=pre_71m", "--mfu", "40"), r"40: must be in [0, 1)"),
+        (("+exp=pre_71m", "--mfu", "40"), "40: must be in (0, 1]"),
+        (("+exp=pre_71m", "--mfu", "0"), "0: must be a number greater than 0"),
+        (("+exp=pre_71m", "--margin", "1"), "1: must be in [0, 1)"),
         (("+exp=pre_71m", "--gpus", "3"), "train.global_batch_size=512: not a multiple"),
         (("+exp=pre_71m", "train.micro_batch=4"), "train.micro_batch"),
         ((), "train.steps=null"),

@@ -77,6 +77,9 @@ def _parameters():
     return list(Decoder(FP32.model, FP32.norm).parameters())
 
 
+TRACERS: dict[int, Tracer] = {}
+
+
 def peak(
     world: int = 8, stage: int = 1, tensor: int = 1, sequence: bool = False, layers: int = 2, **train: object
 ) -> float:
@@ -86,7 +89,8 @@ def peak(
         train=values,
         parallel={"tensor": tensor, "sequence": sequence},
     )
-    return memory(layout(cfg, world, stage, overlap=True), Tracer(cfg.model, cfg.norm)).peak.total
+    tracer = TRACERS.setdefault(layers, Tracer(cfg.model, cfg.norm))
+    return memory(layout(cfg, world, stage, overlap=True), tracer).peak.total
 
 
 @settings(max_examples=15, deadline=None)

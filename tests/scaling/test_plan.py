@@ -48,6 +48,18 @@ def test_every_single_change_helps():
         "parallel.tensor",
     }
     assert all(plan.memory.peak.total < before for _, plan in options)
+    families = [tuple(changes) for changes, _ in options]
+    assert len(families) == len(set(families))
+
+
+def test_the_mildest_value_that_fits_is_named():
+    found = planner(None)
+    start = layout(CFG, 4, 1)
+    need = {m: found._with({"train.micro_batch_size": m}).memory.peak.total for m in (1, 2, 4)}
+    assert need[1] < need[2] < need[4]
+    for capacity, micro in ((need[2], 2), (need[1], 1), (need[1] - 1, 1)):
+        options = [changes for changes, _ in planner(capacity / 0.9 + 1e-6).single_changes(start)]
+        assert {"train.micro_batch_size": micro} in options
 
 
 def test_keys_that_cannot_help_are_not_named():

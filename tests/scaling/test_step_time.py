@@ -80,3 +80,13 @@ def test_a_slow_network_shows():
 @pytest.mark.parametrize("name", GPUS)
 def test_every_gpu_has_a_peak_under_its_device_name(name):
     assert peak_of(GPUS[name].device, "fp16")[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "terabytes_per_second", "nvlink_sum"),
+    [("H100", 80, 3.35, 900), ("H200", 141, 4.8, 900), ("A100-80GB", 80, 2.039, 600), ("B200", 180, 8, 1800)],
+)
+def test_figures_of_the_data_sheets(name, gigabytes, terabytes_per_second, nvlink_sum):
+    gpu = GPUS[name]
+    assert (gpu.memory, gpu.bandwidth) == (gigabytes * 1e9, pytest.approx(terabytes_per_second * 1e12))
+    assert 2 * gpu.link == nvlink_sum * 1e9
