@@ -51,6 +51,53 @@ PEAKS = (
 )
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What a plan needs to know of a GPU besides its peak FLOP/s; data sheet figures, decimal units."""
+
+    name: str
+    """As users write it."""
+    device: str
+    """As CUDA reports it, for `peak_of`."""
+    memory: float
+    """Bytes. CUDA reports a few per cent more on some (80 GB are 79.6 GiB on an H100)."""
+    bandwidth: float
+    """Bytes per second of the memory."""
+    link: float | None
+    """Bytes per second and direction to the other GPUs of a node over NVLink, half of the sum that data sheets give;
+    None where that depends on the machine."""
+    source: str
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("B200", "B200", 180e9, 8.0e12, 900e9, "HGX B200 data sheet, an eighth of it"),
+        Gpu("H200", "H200", 141e9, 4.8e12, 450e9, "H200 data sheet"),
+        Gpu("H200-NVL", "H200 NVL", 141e9, 4.8e12, None, "H200 data sheet; NVLink bridges join 2 or 4"),
+        Gpu("GH200", "GH200 480GB", 96e9, 4.0e12, None, "GH200 data sheet, 96 GB HBM3"),
+        Gpu("H100", "H100 80GB HBM3", 80e9, 3.35e12, 450e9, "H100 data sheet, SXM"),
+        Gpu("H100-PCIe", "H100 PCIe", 80e9, 2.0e12, None, "H100 data sheet; NVLink bridges join 2"),
+        Gpu("H100-NVL", "H100 NVL", 94e9, 3.9e12, None, "H100 data sheet; NVLink bridges join 2"),
+        Gpu("A100-80GB", "A100-SXM4-80GB", 80e9, 2.039e12, 300e9, "A100 data sheet, SXM"),
+        Gpu("A100-40GB", "A100-SXM4-40GB", 40e9, 1.555e12, 300e9, "A100 data sheet, SXM"),
+        Gpu("A100-80GB-PCIe", "A100 80GB PCIe", 80e9, 1.935e12, None, "A100 data sheet; NVLink bridges join 2"),
+        Gpu("V100-32GB", "Tesla V100-SXM2-32GB", 32e9, 0.9e12, 150e9, "V100 data sheet"),
+        Gpu("V100-16GB", "Tesla V100-SXM2-16GB", 16e9, 0.9e12, 150e9, "V100 data sheet"),
+        Gpu("A40", "A40", 48e9, 0.696e12, None, "A40 data sheet; NVLink bridges join 2"),
+        Gpu("A30", "A30", 24e9, 0.933e12, None, "A30 data sheet; NVLink bridges join 2"),
+        Gpu("A10", "A10", 24e9, 0.6e12, None, "A10 data sheet, no NVLink"),
+        Gpu("L40S", "L40S", 48e9, 0.864e12, None, "L40S data sheet, no NVLink"),
+        Gpu("L40", "L40", 48e9, 0.864e12, None, "L40 data sheet, no NVLink"),
+        Gpu("L4", "L4", 24e9, 0.3e12, None, "L4 data sheet, no NVLink"),
+        Gpu("RTX-A6000", "RTX A6000", 48e9, 0.768e12, None, "RTX A6000 data sheet; NVLink bridges join 2"),
+        Gpu("RTX-4090", "GeForce RTX 4090", 24e9, 1.008e12, None, "RTX 4090 specifications, no NVLink"),
+        Gpu("RTX-3090", "GeForce RTX 3090", 24e9, 0.936e12, None, "RTX 3090 specifications; NVLink bridges join 2"),
+    )
+}
+"""Name -> GPU, for plans. Others are unknown: a plan for them has no times, and takes their memory from the user."""
+
+
 def peak_of(name: str, precision: str) -> tuple[float | None, str]:
     """(dense FLOP/s, source) of a GPU by the name CUDA gives it; (None, reason) when it is not known exactly."""
     bare = name.removeprefix("NVIDIA ").strip()

@@ -17,6 +17,7 @@ COMMANDS = {
     "config": "nexa.cli.config",
     "doctor": "nexa.cli.doctor",
     "norms": "nexa.cli.norms",
+    "plan": "nexa.cli.plan",
     "score": "nexa.cli.score",
     "generate": "nexa.cli.generate",
     "export": "nexa.cli.export",

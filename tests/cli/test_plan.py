@@ -1,0 +1,147 @@
+"""`nexa plan` from words to exit code."""
+
+import json
+import re
+
+import pytest
+
+from nexa.cli.main import main
+from nexa.cli.plan import GIB
+from nexa.config.files import CONF
+from tests.conftest import REPOSITORY
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "exp").glob("*.yaml"))
+SOME = ["quickstart", "mixln_71m", "normformer_71m", "deepnorm_7b"]
+
+
+def plan(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *words])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def found(capsys, *words, code=0):
+    got, out, err = plan(capsys, *words, "--json")
+    assert got == code, err
+    return json.loads(out)
+
+
+def test_the_object_has_everything(capsys):
+    got = found(capsys, "+exp=pre_1b", "--gpus", "2", "--gpu", "H100", "--price-per-hour", "2")
+    assert got["run"]["parameters"] == 1_339_082_752
+    assert got["run"]["tokens"] == 100_000 * 512 * 256
+    assert got["layout"] == {
+        "tensor": 1,
+        "data": 2,
+        "sequence": False,
+        "zero_stage": 1,
+        "zero_stage_used": 2,  # several micro-batches in bf16
+        "micro_batch_size": 16,
+        "accumulation": 16,
+        "activation_checkpointing": "none",
+    }
+    memory, time = got["memory"], got["time"]
+    assert abs(sum(memory["parts"].values()) - memory["peak"]) <= len(memory["parts"])
+    assert memory["parts"]["weights"] == 2 * 1_339_082_752
+    assert memory["parts"]["optimizer"] == 12 * 1_339_082_752 // 2
+    assert memory["fits"] is True
+    assert time["run"] == pytest.approx(time["step"] * 100_000)
+    assert time["cost"] == pytest.approx(time["run"] / 3600 * 2 * 2)
+    assert time["step"] == pytest.approx(sum(time["parts"].values()))
+    assert got["quickest"]["fits"] is True
+    assert got["changes"] == []
+
+
+def test_what_does_not_fit_names_keys_and_what_they_give(capsys):
+    words = ("+exp=pre_1b", "train.micro_batch_size=512", "--gpu", "A100-80GB")
+    code, out, _ = plan(capsys, *words)
+    assert code == 1
+    assert "DOES NOT FIT" in out
+    assert re.search(r"train\.micro_batch_size=\d+: +[\d.]+ GiB, fits", out)
+    assert re.search(r"train\.activation_checkpointing=full: +[\d.]+ GiB, fits", out)
+    got = found(capsys, *words, code=1)
+    assert got["memory"]["fits"] is False
+    assert all(option["peak"] < got["memory"]["peak"] for option in got["changes"])
+    quickest = got["quickest"]
+    assert quickest["fits"]
+    # what is advised is what the same command then says
+    overrides = [f"{key}={str(value).lower()}" for key, value in quickest["set"].items()]
+    again = found(capsys, "+exp=pre_1b", *overrides, "--gpu", "A100-80GB")
+    assert again["memory"]["peak"] == quickest["peak"]
+    assert again["time"]["step"] == quickest["step"]
+
+
+def test_no_layout_fits(capsys):
+    code, out, _ = plan(capsys, "+exp=pre_7b", "--gpu", "L4")
+    assert code == 1
+    assert "no layout on 1 GPU(s) fits" in out
+
+
+def test_an_unknown_gpu_has_no_figures_of_another(capsys):
+    got = found(capsys, "+exp=pre_71m", "--gpu", "MI300X")
+    assert (got["gpu"]["memory"], got["memory"]["fits"], got["time"]["step"]) == (None, None, None)
+    assert "H100" in got["gpu"]["note"]
+    with_memory = found(capsys, "+exp=pre_71m", "--gpu", "MI300X", "--memory-gib", "192")
+    assert with_memory["memory"]["fits"] is True
+    assert with_memory["gpu"]["memory"] == 192 * GIB
+    assert with_memory["time"]["step"] is None
+    assert with_memory["quickest"]["step"] is None
+
+
+def test_without_a_gpu_nothing_is_compared(capsys):
+    code, out, _ = plan(capsys, "+exp=quickstart")
+    assert code == 0
+    assert "give --gpu or --memory-gib" in out
+    assert "step time n/a" in out
+
+
+def test_a_gpu_run_is_planned_without_a_gpu(capsys):
+    assert found(capsys, "+exp=pre_71m", "train.device=cuda")["memory"]["fits"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("+exp=pre_71m", "--gpus", "0"), "--gpus: 0: must be an integer of at least 1"),
+        (("+exp=pre_71m", "--memory-gib", "-3"), "must be a number greater than 0"),
+        (("+exp=pre_71m", "--mfu", "40"), "40: must be in (0, 1]"),
+        (("+exp=pre_71m", "--mfu", "0"), "0: must be a number greater than 0"),
+        (("+exp=pre_71m", "--margin", "1"), "1: must be in [0, 1)"),
+        (("+exp=pre_71m", "--gpus", "3"), "train.global_batch_size=512: not a multiple"),
+        (("+exp=pre_71m", "train.micro_batch=4"), "train.micro_batch"),
+        ((), "train.steps=null"),
+    ],
+)
+def test_mistakes_are_one_message(capsys, words, message):
+    code, _, err = plan(capsys, *words)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_experiments(capsys, name):
+    assert found(capsys, f"+exp={name}")["memory"]["peak"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in SOME])
+def test_all_experiments(capsys, name):
+    assert found(capsys, f"+exp={name}")["memory"]["peak"] > 0
+
+
+def test_the_page_shows_what_is_printed(capsys):
+    page = (REPOSITORY / "docs" / "plan.md").read_text()
+    command = re.search(r"```bash\n(nexa plan .*)\n```", page)
+    shown = re.search(r"```text\n(.*?)```", page, re.S)
+    assert command and shown
+    _, out, _ = plan(capsys, *command[1].split()[2:])
+    assert out == shown[1]
+
+
+def test_help_says_how(capsys):
+    code, out, _ = plan(capsys, "--help")
+    assert code == 0
+    assert "nexa plan +exp=mixln_1b --gpus 8 --gpu H100" in re.sub(r" +", " ", out)
+    assert "does not fit" in out
