@@ -37,4 +37,4 @@ def test_less_than_one_tensor_of_the_model(tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama", "head_dim": 8, **sizes}))
     growth = int(python(RUN, home=tmp_path, PYTHONPATH=str(REPOSITORY)))
     # each of the two large tensors is 64 MB in fp32
-    assert growth < 30e6, f"{growth / 1e6:.0f} MB"
+    assert growth < 60e6, f"{growth / 1e6:.0f} MB"
