@@ -14,7 +14,7 @@ from nexa.sharding import Shard
 from .common import run_world
 
 MIB = 1 << 20
-LAYERS, SHAPE = 16, (512, 1024)  # fp32 weight and two moments: 6 MiB a layer
+LAYERS, SHAPE = 32, (512, 1024)  # fp32 weight and two moments: 6 MiB a layer
 WHOLE = LAYERS * 6 * MIB
 SELF = Path("/proc/self")
 
@@ -66,8 +66,8 @@ def _save_and_load(rank, world, root, tensor):
             writer.save(step, fragments, {}, {})
         writer.wait()
     assert writer.snapshot_bytes <= WHOLE / world + 6 * MIB
-    # The snapshot, one layer at a time from the others, and some for gloo and the writing thread.
-    assert saving.bytes < writer.snapshot_bytes + 16 * MIB < WHOLE * 0.7
+    # The snapshot, and some for messages, rows being put together and what malloc keeps.
+    assert saving.bytes < writer.snapshot_bytes + 32 * MIB < WHOLE * 0.7
     writer.close()
     other = 1 if tensor > 1 else world
     again = _fragments(rank, world, other, float("nan"))
