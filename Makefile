@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= quickstart
 
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test grid lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -27,6 +27,9 @@ train: $(STAMP)  ## train the quickstart: real text, loss plot, text sample; a f
 
 test: $(STAMP)  ## all tests but the slow grids
 	$(BIN)/python -m pytest -m 'not slow'
+
+grid: $(STAMP)  ## every layout against one process; rewrites the table of docs/parallelism.md; half an hour on 2 cores
+	$(BIN)/python -m tests.dist.grid --write docs/parallelism.md
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

@@ -108,7 +108,7 @@ def nexa_engine(device: torch.device) -> Step:
         optim=OptimConfig(lr=LR, betas=list(BETAS), eps=EPS, weight_decay=0.0),
         parallel=ParallelConfig(zero_stage=1),
     )
-    engine = Engine(fresh_decoder(), cfg, connect(cfg))
+    engine = Engine(cfg, connect(cfg))
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:
         total = engine.forward_backward({"input_ids": ids, "labels": labels}, float(labels.numel()))

@@ -70,7 +70,7 @@ def _empty_decoder(model: ModelConfig, norm: NormConfig) -> Decoder:
         decoder = Decoder(model, norm)
     decoder = decoder.to_empty(device="cpu")
     if model.tie_word_embeddings:
-        decoder.lm_head.weight = decoder.model.embed_tokens.weight
+        decoder.lm_head.weight = decoder.embedding_weight
     return decoder
 
 

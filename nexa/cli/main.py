@@ -19,6 +19,8 @@ COMMANDS = {
     "norms": "nexa.cli.norms",
     "score": "nexa.cli.score",
     "generate": "nexa.cli.generate",
+    "export": "nexa.cli.export",
+    "import": "nexa.cli.import_",
 }
 """Command -> its module, which has `add_parser(subparsers)` and sets `handler(arguments) -> exit code`."""
 

@@ -255,32 +255,36 @@ def _world_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"parallel.tensor={tensor}: must divide the number of processes, {world_size}: one of {fitting}"
 
 
-@_reads(
-    "parallel.tensor",
-    "model.num_attention_heads",
-    "model.num_key_value_heads",
-    "model.intermediate_size",
-    "model.vocab_size",
-)
+@_reads("parallel.tensor", "parallel.backend", "model.num_attention_heads", "model.intermediate_size")
 def _tensor_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
-    tensor = cfg.parallel.tensor
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+    """Key-value heads and the vocabulary need not divide: the first are repeated, the second is padded. The
+    feed-forward is shared out unevenly, which megatron-core cannot."""
+    tensor, megatron = cfg.parallel.tensor, cfg.parallel.backend == "megatron"
+    for name in ("num_attention_heads", *(("intermediate_size",) if megatron else ())):
         value = getattr(cfg.model, name)
-        if value is not None and value % tensor:
+        if value % tensor:
+            other = ", or parallel.backend=native" if name == "intermediate_size" else ""
             yield (
                 f"model.{name}={value}: not divisible by parallel.tensor={tensor}; "
-                f"set model.{name}={_multiples(value, tensor)}, or parallel.tensor={math.gcd(value, tensor)}"
+                f"set model.{name}={_multiples(value, tensor)}, or parallel.tensor={math.gcd(value, tensor)}{other}"
             )
 
 
-@_reads("parallel.tensor", "parallel.sequence")
-def _not_built(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if cfg.parallel.tensor > 1:
-        yield f"parallel.tensor={cfg.parallel.tensor}: tensor parallelism is not built yet; set parallel.tensor=1"
-    if cfg.parallel.sequence:
+@_reads("parallel.sequence", "parallel.tensor", "train.micro_batch_size", "data.sequence_length")
+def _sequence_shares(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if not cfg.parallel.sequence:
+        return
+    tensor, tokens = cfg.parallel.tensor, cfg.train.micro_batch_size * cfg.data.sequence_length
+    if tensor == 1:
         yield (
-            "parallel.sequence=true: sequence parallelism needs tensor parallelism, which is not built yet; "
-            "set parallel.sequence=false"
+            "parallel.sequence=true: shares tokens out over tensor-parallel ranks, parallel.tensor=1 has none; "
+            "set parallel.sequence=false or parallel.tensor=2"
+        )
+    elif tokens % tensor:
+        yield (
+            f"parallel.sequence=true: the {tokens} tokens of train.micro_batch_size x data.sequence_length cannot be "
+            f"shared out over parallel.tensor={tensor}; set data.sequence_length="
+            f"{_multiples(cfg.data.sequence_length, tensor)} or parallel.sequence=false"
         )
 
 

@@ -82,6 +82,7 @@ LIMITS: dict[str, Limit] = {
     "eval.every": _NONNEGATIVE,
     "eval.batches": _NONNEGATIVE,
     "log.every": _NONNEGATIVE,
+    "log.norms_every": _NONNEGATIVE,
     "log.sample_tokens": _NONNEGATIVE,
 }
 """Every numeric key; null passes. A list's limit holds for each of its numbers."""

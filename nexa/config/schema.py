@@ -210,8 +210,8 @@ class ParallelConfig:
     sequence: bool = False
     """Shard the residual stream over the tensor-parallel ranks."""
     backend: Literal["auto", "native", "megatron"] = "auto"
-    """Tensor-parallel layers: megatron-core's or nexa's own, which compute the same; auto is megatron on GPUs and native
-    on CPUs."""
+    """Tensor-parallel layers: megatron-core's or nexa's own, which compute the same; auto is megatron on GPUs and
+    native on CPUs."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the run."""
 
@@ -266,6 +266,8 @@ class LogConfig:
 
     every: int = 10
     """Steps between rows of metrics.jsonl and console lines."""
+    norms_every: int = 0
+    """Steps between measurements of the norms of gradient, weights and update, in all and for each block; 0 is off."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; online falls back to offline when there is no key or network."""
     wandb_project: str = "nexa"

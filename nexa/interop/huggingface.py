@@ -108,11 +108,11 @@ def _refuse_what_differs(config: Mapping[str, Any], where: str) -> None:
 
 def _rope_theta(config: Mapping[str, Any], where: str) -> float:
     """Base of the rotary embedding, from either generation of keys; only the unscaled kind is known."""
+    theta = None
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
         if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError(f"{where}: {key}={config[key]!r} cannot be represented; nexa computes rope_type=default")
-        if "rope_theta" in rope:
-            return rope["rope_theta"]
-    return config.get("rope_theta") or 10000.0
+        theta = theta or rope.get("rope_theta")
+    return theta or config.get("rope_theta") or 10000.0

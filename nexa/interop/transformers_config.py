@@ -29,7 +29,7 @@ class NexaConfig(PretrainedConfig):
         """`kwargs`: keys of such a `config.json`, and any of transformers' own."""
         for key, default in _DEFAULTS.items():
             setattr(self, key, copy.deepcopy(kwargs.pop(key, default)))
-        kwargs = {"use_cache": False, "tie_word_embeddings": False} | kwargs
+        kwargs = {"tie_word_embeddings": False} | kwargs
         super().__init__(**kwargs)
 
     def parts(self) -> tuple[ModelConfig, NormConfig]:

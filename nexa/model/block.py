@@ -9,6 +9,7 @@ from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.attention import AttentionContext, SelfAttention
 from nexa.model.feed_forward import FeedForward
 from nexa.model.kinds import NormBuilder
+from nexa.model.layers import Layers
 from nexa.model.norms import Part
 from nexa.model.placement import BlockPlan, SublayerPlan
 
@@ -16,21 +17,23 @@ from nexa.model.placement import BlockPlan, SublayerPlan
 class Block(nn.Module):
     """Block `index` of the model, built from its row of the placement table."""
 
-    def __init__(self, model: ModelConfig, norm: NormConfig, plan: BlockPlan, make: NormBuilder) -> None:
+    def __init__(
+        self, model: ModelConfig, norm: NormConfig, plan: BlockPlan, make: NormBuilder, layers: Layers
+    ) -> None:
         super().__init__()
         self.plan = plan
         self.input_layernorm = make("attention") if plan.attn.input else None
-        self.self_attn = SelfAttention(model, norm, plan, make.eps)
+        self.self_attn = SelfAttention(model, norm, plan, make.eps, layers)
         self.attn_norm = _site_norms("attention", plan.attn, make)
         self.post_attention_layernorm = make("feed_forward") if plan.mlp.input else None
-        mid_norm = make("feed_forward", model.intermediate_size) if plan.mid_norm else None
-        self.mlp = FeedForward(model.hidden_size, model.intermediate_size, mid_norm)
+        mid_norm = make("feed_forward", layers.features(model.intermediate_size)) if plan.mid_norm else None
+        self.mlp = FeedForward(model.hidden_size, model.intermediate_size, layers, mid_norm)
         if norm.residual_gain:
             self.mlp.residual_gain = nn.Parameter(torch.ones(model.hidden_size))
         self.mlp_norm = _site_norms("feed_forward", plan.mlp, make)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """[B, T, d] -> [B, T, d]."""
+        """Residual stream [B, T, d], or a share of its tokens [tokens, d], to the same."""
         y = self.self_attn(_enter(x, self.plan.attn, self.input_layernorm), context)
         x = _leave(x, y, self.plan.attn, self.attn_norm, None)
         y = self.mlp(_enter(x, self.plan.mlp, self.post_attention_layernorm))

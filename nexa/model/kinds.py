@@ -12,6 +12,7 @@ from torch import nn
 
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model import norms
+from nexa.model.layers import Features
 from nexa.model.norms import NormSite, Part
 
 
@@ -66,7 +67,7 @@ class NormBuilder:
         eps = model.rms_norm_eps if norm.eps is None else norm.eps
         return cls(KINDS[norm.kind], eps, model.hidden_size, norm.gate_rank)
 
-    def __call__(self, part: Part, size: int | None = None, gain: float = 1.0) -> nn.Module:
-        """A norm of `part` over `size` features (null: the hidden size), `gain` on its initial weight."""
-        site = NormSite(self.width if size is None else size, self.eps, self.width, part, self.gate_rank, gain)
-        return self.kind.build(site)
+    def __call__(self, part: Part, features: Features | None = None, gain: float = 1.0) -> nn.Module:
+        """A norm of `part` over `features` (None: the residual stream's), `gain` on its initial weight."""
+        features = Features.whole(self.width) if features is None else features
+        return self.kind.build(NormSite(features, self.eps, self.width, part, self.gate_rank, gain))

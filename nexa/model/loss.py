@@ -12,6 +12,7 @@ IGNORED = -100
 
 
 Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(logits [N, V], labels [N]) -> the summed loss and its gradient by the logits, as `nll_and_gradient`."""
 
 
 def nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,11 +51,6 @@ def compiled_kernel() -> Kernel:
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    wide = logits.to(_wide(logits))
-    return torch.nn.functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -106,8 +102,5 @@ def linear_cross_entropy(
         result = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, kernel)
         assert isinstance(result, Tensor)
         return result
-    parts = [
-        _nll(hidden[start : start + chunk] @ weight.t(), labels[start : start + chunk])
-        for start in range(0, hidden.shape[0], chunk)
-    ]
-    return torch.stack(parts).sum()
+    chunks = (slice(start, start + chunk) for start in range(0, hidden.shape[0], chunk))
+    return torch.stack([kernel(hidden[part] @ weight.t(), labels[part])[0] for part in chunks]).sum()

@@ -2,7 +2,8 @@
 
 Every norm maps [..., n] to [..., n] over the last dimension, takes its statistics in fp32 (fp64 for fp64
 input) and returns the input's dtype. Constructors set the initial values of vectors and scalars; matrices
-are drawn by `init`. A scalar has shape [1], because ZeRO shards flat tensors.
+are drawn by `init`. A scalar has shape [1], because ZeRO shards flat tensors. Where ranks share the n features, each
+maps its own [..., n / ranks] and `Features.total` makes the statistics those of all n.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nexa.model.layers import Features
 
 Part = Literal["attention", "feed_forward", "embedding", "final"]
 """The part of the model a norm belongs to: the sublayer it stands in or around, or an end of the stack."""
@@ -34,11 +37,11 @@ the code for LLaMA 7B, 13B, 34B and 70B, the others from its table over widths).
 class NormSite:
     """One norm of the model: everything that what it computes may depend on."""
 
-    size: int
-    """Features n that are normalised."""
+    features: Features
+    """The n features that are normalised, of which a process may have only some."""
     eps: float
     width: int
-    """Hidden size of the model, which `size` is not inside a sublayer."""
+    """Hidden size of the model, which n is not inside a sublayer."""
     part: Part
     gate_rank: int = 16
     """Rank of GatedNorm."""
@@ -54,27 +57,27 @@ def at_least_fp32(x: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019)."""
 
-    def __init__(self, size: int, eps: float, gain: float = 1.0) -> None:
+    def __init__(self, features: Features, eps: float, gain: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), gain))
-        self.eps = eps
+        self.features, self.eps = features, eps
+        self.weight = features.vector(gain)
 
     @classmethod
     def at(cls, site: NormSite) -> nn.Module:
         """The norm for `site`."""
-        return cls(site.size, site.eps, site.gain)
+        return cls(site.features, site.eps, site.gain)
 
     def mean_square(self, wide: Tensor) -> Tensor:
-        """[..., size] -> [..., 1], what the root is taken of before eps."""
-        return wide.square().mean(-1, keepdim=True)
+        """[..., n] -> [..., 1], what the root is taken of before eps."""
+        return self.features.total(wide.square().sum(-1, keepdim=True)) / self.features.size
 
     def unit(self, x: Tensor) -> Tensor:
-        """`x` with a mean square of one, before the weight: [..., size] in the dtype of `x`."""
+        """`x` with a mean square of one, before the weight: [..., n] in the dtype of `x`."""
         wide = at_least_fp32(x)
         return (wide * torch.rsqrt(self.mean_square(wide) + self.eps)).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., size]."""
+        """[..., n] -> [..., n]."""
         return self.unit(x) * self.weight
 
 
@@ -94,49 +97,53 @@ class CRMSNorm(RMSNorm):
     """
 
     def mean_square(self, wide: Tensor) -> Tensor:
-        """[..., size] -> [..., 1], over size + 1 coordinates."""
-        total = wide.square().sum(-1, keepdim=True) + wide.sum(-1, keepdim=True).square()
-        return total / (wide.shape[-1] + 1)
+        """[..., n] -> [..., 1], over n + 1 coordinates."""
+        sums = torch.cat((wide.square().sum(-1, keepdim=True), wide.sum(-1, keepdim=True)), -1)
+        squares, plain = self.features.total(sums).split(1, -1)
+        return (squares + plain.square()) / (self.features.size + 1)
 
 
 class LayerNorm(nn.Module):
     """y = weight * (x - mean x) / sqrt(var x + eps) + bias (Ba et al. 2016)."""
 
-    def __init__(self, size: int, eps: float, gain: float = 1.0) -> None:
+    def __init__(self, features: Features, eps: float, gain: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), gain))
-        self.bias = nn.Parameter(torch.zeros(size))
-        self.eps = eps
+        self.features, self.eps = features, eps
+        self.weight, self.bias = features.vector(gain), features.vector(0.0)
 
     @classmethod
     def at(cls, site: NormSite) -> nn.Module:
         """The norm for `site`."""
-        return cls(site.size, site.eps, site.gain)
+        return cls(site.features, site.eps, site.gain)
+
+    def _mean(self, wide: Tensor) -> Tensor:
+        return self.features.total(wide.sum(-1, keepdim=True)) / self.features.size
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., size]."""
+        """[..., n] -> [..., n]."""
         wide = at_least_fp32(x)
-        centred = wide - wide.mean(-1, keepdim=True)
-        unit = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        centred = wide - self._mean(wide)
+        unit = centred * torch.rsqrt(self._mean(centred.square()) + self.eps)
         return unit.to(x.dtype) * self.weight + self.bias
 
 
 class ScaleNorm(nn.Module):
     """y = weight * x / max(|x|, 1e-5) with one weight, sqrt(n) at first (Nguyen and Salazar 2019)."""
 
-    def __init__(self, size: int, gain: float = 1.0) -> None:
+    def __init__(self, features: Features, gain: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((1,), gain * math.sqrt(size)))
+        self.features = features
+        self.weight = nn.Parameter(torch.full((1,), gain * math.sqrt(features.size)))
 
     @classmethod
     def at(cls, site: NormSite) -> nn.Module:
         """The norm for `site`; its eps is not used."""
-        return cls(site.size, site.gain)
+        return cls(site.features, site.gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., size]."""
+        """[..., n] -> [..., n]."""
         wide = at_least_fp32(x)
-        squared = wide.square().sum(-1, keepdim=True)
+        squared = self.features.total(wide.square().sum(-1, keepdim=True))
         # clamped before the root: the gradient of a root at 0 is infinite
         return (wide * torch.rsqrt(squared.clamp_min(SCALENORM_MIN_LENGTH**2))).to(x.dtype) * self.weight
 
@@ -151,50 +158,53 @@ def dyt_alpha(width: int, part: Part) -> float:
 class DyT(nn.Module):
     """Dynamic tanh: y = weight * tanh(alpha x), no statistics and no bias (Zhu et al. 2025, arXiv 2503.10622)."""
 
-    def __init__(self, size: int, alpha: float, gain: float = 1.0) -> None:
+    def __init__(self, features: Features, alpha: float, gain: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), gain))
+        self.weight = features.vector(gain)
         self.alpha = nn.Parameter(torch.full((1,), alpha))
 
     @classmethod
     def at(cls, site: NormSite) -> nn.Module:
         """The norm for `site`, whose part and model width choose alpha; its eps is not used."""
-        return cls(site.size, dyt_alpha(site.width, site.part), site.gain)
+        return cls(site.features, dyt_alpha(site.width, site.part), site.gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., size]."""
+        """[..., n] -> [..., n]."""
         return torch.tanh(self.alpha * x) * self.weight
 
 
 class SeeDNorm(RMSNorm):
     """y = (tanh(x . beta) alpha + weight) * x / sqrt(mean(x^2) + eps): RMSNorm at first (arXiv 2510.22777)."""
 
-    def __init__(self, size: int, eps: float, gain: float = 1.0) -> None:
-        super().__init__(size, eps, gain)
-        self.alpha = nn.Parameter(torch.ones(size))
-        self.beta = nn.Parameter(torch.zeros(size))
+    def __init__(self, features: Features, eps: float, gain: float = 1.0) -> None:
+        super().__init__(features, eps, gain)
+        self.alpha, self.beta = features.vector(1.0), features.vector(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., size]."""
+        """[..., n] -> [..., n]."""
         wide = at_least_fp32(x)
-        dynamic = torch.tanh(wide @ self.beta.to(wide.dtype)).unsqueeze(-1).to(x.dtype)
+        along = self.features.total((wide @ self.beta.to(wide.dtype)).unsqueeze(-1))
+        dynamic = torch.tanh(along).to(x.dtype)
         return self.unit(x) * (dynamic * self.alpha + self.weight)
 
 
 class GatedNorm(RMSNorm):
     """2 y * sigmoid(up silu(down y)) with y = RMSNorm(x): RMSNorm at first, when up is 0 (arXiv 2601.22966)."""
 
-    def __init__(self, size: int, eps: float, gain: float, rank: int) -> None:
-        super().__init__(size, eps, gain)
-        self.gate_down = nn.Linear(size, rank, bias=False)
-        self.gate_up = nn.Linear(rank, size, bias=False)
+    def __init__(self, features: Features, eps: float, gain: float, rank: int) -> None:
+        super().__init__(features, eps, gain)
+        self.gate_down = nn.Linear(features.local, rank, bias=False)
+        self.gate_up = nn.Linear(rank, features.local, bias=False)
+        features.mark(self.gate_down.weight, 1, (rank, features.size))
+        features.mark(self.gate_up.weight, 0, (features.size, rank))
 
     @classmethod
     def at(cls, site: NormSite) -> nn.Module:
         """The norm for `site`."""
-        return cls(site.size, site.eps, site.gain, site.gate_rank)
+        return cls(site.features, site.eps, site.gain, site.gate_rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., size]."""
+        """[..., n] -> [..., n]."""
         y = super().forward(x)
-        return 2 * y * torch.sigmoid(self.gate_up(F.silu(self.gate_down(y))))
+        low = self.features.total(self.gate_down(y))
+        return 2 * y * torch.sigmoid(self.gate_up(F.silu(low)))

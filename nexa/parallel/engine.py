@@ -5,23 +5,29 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexa.checkpoint.fragment import Fragment
 from nexa.config.schema import Config
 from nexa.model.decoder import Decoder
 from nexa.optim import build
 from nexa.parallel import private
+from nexa.parallel.build import build_decoder
 from nexa.parallel.deepspeed_config import deepspeed_config, effective_stage
+from nexa.parallel.norms import NormProbe, ParameterNorms
 from nexa.parallel.topology import Topology
-from nexa.sharding import Shard
+from nexa.sharding import shard_of
 
 logger = logging.getLogger("nexa")
+
+
+CLIP_EPS = 1e-6
+"""Added to the norm that clipping divides by, as PyTorch and DeepSpeed do."""
 
 
 class NonFiniteGradient(RuntimeError):
@@ -30,10 +36,12 @@ class NonFiniteGradient(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """grad_norm: before clipping, on the device or the host. skipped: fp16 overflow, no update made."""
+    """grad_norm: before clipping, on the device or the host. skipped: fp16 overflow, no update made. norms: of every
+    parameter, when they were asked for and an update was made."""
 
     grad_norm: Tensor | float
     skipped: bool
+    norms: dict[str, ParameterNorms] | None = None
 
 
 def _import_deepspeed(device_type: str) -> Any:
@@ -53,24 +61,24 @@ def _import_deepspeed(device_type: str) -> Any:
 class Engine:
     """A model under ZeRO. `module` is the decoder; `device` where its inputs must be."""
 
-    def __init__(self, model: Decoder, cfg: Config, topology: Topology) -> None:
-        """Shard `model` (on the CPU or already on the device) as `cfg.parallel` says."""
+    def __init__(self, cfg: Config, topology: Topology, *, initial: bool = True) -> None:
+        """Build the model that `cfg` describes, sharded as `cfg.parallel` says.
+
+        initial: with its initial weights; else they are 0, for a checkpoint to be loaded.
+        """
         self.topology, self.device, self.config = topology, topology.device, cfg
         self.accumulation = cfg.train.global_batch_size // (cfg.train.micro_batch_size * topology.data_size)
         self.stage, reason = effective_stage(cfg, self.accumulation)
         if reason is not None and topology.is_main:
             logger.info(reason)
-        deepspeed = _import_deepspeed(self.device.type)
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        model = self.build(cfg, topology, initial=initial)
         if cfg.train.compile:
             model.compile_parts()
-        model.model.checkpoint_blocks = cfg.train.activation_checkpointing == "full"
-        model.lm_head.chunk_tokens = cfg.train.loss_chunk_tokens
-        os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # DeepSpeed insists on it, also without torchrun
+        model.model.recompute = cfg.train.activation_checkpointing
         options = asdict(cfg.optim)
         optimizer = build(options.pop("name"), model.named_parameters(), **options)
-        self._engine, *_ = deepspeed.initialize(
-            model=model.to(self.device),
+        self._engine, *_ = self.prepare(topology).initialize(
+            model=model,
             optimizer=optimizer,
             config=deepspeed_config(cfg, topology.data_size, self.device.type),
             mpu=topology,
@@ -78,6 +86,29 @@ class Engine:
         )
         self.module: Decoder = self._engine.module
         self._check_layout()
+
+    @staticmethod
+    def prepare(topology: Topology) -> Any:
+        """The DeepSpeed module, ready for use on this rank; a second call costs nothing."""
+        deepspeed = _import_deepspeed(topology.device.type)
+        os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # DeepSpeed insists on it, also without torchrun
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        return deepspeed
+
+    @classmethod
+    def build(cls, cfg: Config, topology: Topology, *, initial: bool) -> Decoder:
+        """This rank's share of the model; at stage 3 each matrix is partitioned before the next one is made."""
+        if cfg.parallel.zero_stage < 3:
+            return build_decoder(cfg, topology, initial=initial, keep=lambda parameter: parameter)
+        deepspeed, settings = cls.prepare(topology), deepspeed_config(cfg, topology.data_size, topology.device.type)
+
+        def partition(parameter: nn.Parameter) -> nn.Parameter:
+            holder = nn.ParameterList([parameter])
+            group = topology.data_group
+            deepspeed.zero.Init(module=holder, data_parallel_group=group, config_dict_or_path=settings, mpu=topology)
+            return parameter
+
+        return build_decoder(cfg, topology, initial=initial, keep=partition)
 
     def _check_layout(self) -> None:
         """The owned ranges of all data-parallel ranks must make up the whole model."""
@@ -103,11 +134,23 @@ class Engine:
             self._engine.step()
         return total.detach()
 
-    def step(self, lr: float) -> StepResult:
-        """Clip and update with learning rate `lr`.
+    def step(self, lr: float, measure: bool = False) -> StepResult:
+        """Clip and update with learning rate `lr`; with `measure` also take every parameter's norms (collective).
 
         Raises NonFiniteGradient before any weight is touched (fp16 overflow is a skipped step instead).
         """
+        if not measure:
+            return self._step(lr)
+        probe = NormProbe(self._engine, self.stage, self.topology)
+        result = self._step(lr)
+        if result.skipped:
+            probe.finish(1.0)
+            return result
+        norm, clip = torch.as_tensor(result.grad_norm, device=self.device), self.config.train.grad_clip
+        factor = (clip / (norm + CLIP_EPS)).clamp(max=1.0) if clip > 0 else 1.0
+        return replace(result, norms=probe.finish(factor))
+
+    def _step(self, lr: float) -> StepResult:
         for group in private.client_optimizer(self._engine).param_groups:
             group["lr"] = lr
         if self.stage == 0:
@@ -124,10 +167,18 @@ class Engine:
 
     @torch.no_grad()
     def _clip(self) -> Tensor:
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        pairs = [(p, p.grad) for p in self.module.parameters() if p.grad is not None]
+        gradients = [gradient for _, gradient in pairs]
+        if self.topology.tensor_size == 1:
+            norm = torch.nn.utils.get_total_norm(gradients)
+        else:
+            # what all tensor ranks have whole counts on the first one
+            first = self.topology.tensor_rank == 0
+            square = torch.nn.utils.get_total_norm([g for p, g in pairs if first or not shard_of(p).is_whole]).square()
+            dist.all_reduce(square, group=self.topology.tensor_group)
+            norm = square.sqrt()
         if self.config.train.grad_clip > 0:
-            factor = (self.config.train.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            factor = (self.config.train.grad_clip / (norm + CLIP_EPS)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor)
         return norm
 
@@ -141,7 +192,7 @@ class Engine:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every parameter, by checkpoint name."""
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+        return {name: shard_of(p).shape for name, p in self.module.named_parameters()}
 
     def fragments(self) -> list[Fragment]:
         """Live views of the master weights and optimizer state this rank owns, made if there are none yet."""
@@ -151,7 +202,9 @@ class Engine:
             state = optimizer.state[owned.holder]
             if not state:
                 state.update(_fresh_state(owned.holder))
-            window = slice(owned.offset, owned.offset + owned.stop - owned.start)
+            shard = shard_of(owned.parameter)
+            start, stop = (min(at, shard.numel) for at in (owned.start, owned.stop))  # behind it is padding
+            window = slice(owned.offset, owned.offset + stop - start)
             tensors = {"weight": owned.holder.data.view(-1)[window]}
             scalars = {}
             for key, value in state.items():
@@ -159,7 +212,7 @@ class Engine:
                     tensors[key] = value.view(-1)[window]
                 else:
                     scalars[key] = float(value)
-            result.append(Fragment(owned.name, Shard.whole(owned.shape), owned.start, owned.stop, tensors, scalars))
+            result.append(Fragment(owned.name, shard, start, stop, tensors, scalars))
         return result
 
     def finish_load(self, scalars: dict[str, dict[str, float]]) -> None:

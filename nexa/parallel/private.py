@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class OwnedRange:
-    """Elements [start, stop) of parameter `name`, kept at holder[offset : offset + stop - start].
+    """Elements [start, stop) of this rank's part of parameter `name`, kept at holder[offset : offset + stop - start].
 
     holder: the flat fp32 tensor that the client optimizer steps, and the key of its state.
     """
 
     name: str
-    shape: tuple[int, ...]
+    parameter: nn.Parameter
     holder: Tensor
     offset: int
     start: int
@@ -44,7 +44,7 @@ def owned_ranges(engine: Any) -> Iterator[OwnedRange]:
     stage = engine.zero_optimization_stage()
     if stage == 0:
         for name, parameter in engine.module.named_parameters():
-            yield OwnedRange(name, tuple(parameter.shape), parameter, 0, 0, parameter.numel())
+            yield OwnedRange(name, parameter, parameter, 0, 0, parameter.numel())
     elif stage < 3:
         yield from _flat_ranges(engine)
     else:
@@ -60,9 +60,7 @@ def _flat_ranges(engine: Any) -> Iterator[OwnedRange]:
         for parameter in zero.round_robin_bit16_groups[group]:
             start, stop = max(low, begin), min(low + length, begin + parameter.numel())
             if start < stop:
-                yield OwnedRange(
-                    names[id(parameter)], tuple(parameter.shape), holder, start - low, start - begin, stop - begin
-                )
+                yield OwnedRange(names[id(parameter)], parameter, holder, start - low, start - begin, stop - begin)
             begin += parameter.numel()
 
 
@@ -75,7 +73,7 @@ def _partitioned_ranges(engine: Any) -> Iterator[OwnedRange]:
             part = parameter.ds_tensor.ds_numel
             start, stop = rank * part, min((rank + 1) * part, parameter.ds_numel)
             if start < stop:
-                yield OwnedRange(names[id(parameter)], tuple(parameter.ds_shape), holder, offset, start, stop)
+                yield OwnedRange(names[id(parameter)], parameter, holder, offset, start, stop)
             offset += part
 
 

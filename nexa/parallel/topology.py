@@ -26,6 +26,8 @@ class Topology:
     world_size: int
     local_rank: int
     device: torch.device
+    backend: str
+    """`native` or `megatron`: whose layers and groups serve tensor parallelism."""
     tensor_size: int
     tensor_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
@@ -100,6 +102,16 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def choose_backend(cfg: Config, device: torch.device) -> str:
+    """Whose tensor-parallel layers `parallel.backend` means here; without tensor parallelism there are none."""
+    if cfg.parallel.tensor == 1:
+        return "native"
+    if cfg.parallel.backend != "auto":
+        return cfg.parallel.backend
+    divides = cfg.model.intermediate_size % cfg.parallel.tensor == 0  # megatron-core has no uneven shares
+    return "megatron" if device.type == "cuda" and divides else "native"
+
+
 def _groups_of(size: int, world_size: int, timeout: timedelta) -> tuple[list[dist.ProcessGroup], ...]:
     """(tensor groups, data groups): every rank makes every group, in the same order."""
     blocks = [list(range(start, start + size)) for start in range(0, world_size, size)]
@@ -129,13 +141,18 @@ def connect(cfg: Config) -> Topology:
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=timeout, device_id=device_id, **alone)
     size, world_size = cfg.parallel.tensor, dist.get_world_size()
-    tensor_groups, data_groups = _groups_of(size, world_size, timeout)
+    tensor_layers = choose_backend(cfg, device)
+    if tensor_layers == "megatron":
+        from nexa.parallel.megatron import initialise_groups
+
+        tensor_group, data_group = initialise_groups(size, timeout)
+    else:
+        tensor_groups, data_groups = _groups_of(size, world_size, timeout)
+        tensor_group, data_group = tensor_groups[rank // size], data_groups[rank % size]
     world = dist.group.WORLD
     assert world is not None
     control = world if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-    return Topology(
-        rank, world_size, local_rank, device, size, tensor_groups[rank // size], data_groups[rank % size], control
-    )
+    return Topology(rank, world_size, local_rank, device, tensor_layers, size, tensor_group, data_group, control)
 
 
 def disconnect() -> None:

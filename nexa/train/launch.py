@@ -16,8 +16,7 @@ from nexa.config.schema import Config
 from nexa.errors import EXIT_INTERRUPTED, UserError
 from nexa.hardware import peak_flops
 from nexa.interop.huggingface import config_json
-from nexa.model.decoder import Decoder, flops_per_token, parameter_count
-from nexa.model.init import initialise
+from nexa.model.decoder import flops_per_token, parameter_count
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import Topology, connect, disconnect
 from nexa.train import resume
@@ -110,10 +109,7 @@ def build_trainer(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer
     validation = open_validation(cfg, topology, sources)
     identity = data_identity(cfg, stores)
     origin = resume.agree(topology, resume.choose(cfg, folder.checkpoints) if topology.is_main else None)
-    model = Decoder(cfg.model, cfg.norm, cfg.train.loss_chunk_tokens)
-    if origin is None:
-        initialise(model, cfg.model, cfg.norm, cfg.train.seed)
-    engine = Engine(model, cfg, topology)
+    engine = Engine(cfg, topology, initial=origin is None)
     state = RunState() if origin is None else resume.restore(engine, cfg, origin, identity)
     data.continue_from(state.step, state.samples)
     exported = config_json(cfg.model, cfg.norm, eos_token_id=stores[0].eod_id)

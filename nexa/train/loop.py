@@ -18,6 +18,7 @@ from nexa.errors import UserError
 from nexa.hardware import memory_gib
 from nexa.optim import learning_rate
 from nexa.parallel.engine import Engine, NonFiniteGradient, StepResult
+from nexa.parallel.norms import summarise
 from nexa.train.data import StepData, TrainingData
 from nexa.train.hook import Hook, Row
 from nexa.train.state import RunState
@@ -34,6 +35,11 @@ class StepReport:
     scored: Tensor | float
     lr: float
     result: StepResult
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether something that happens at every `every`-th step (0: never) happens after `step`."""
+    return every > 0 and step % every == 0
 
 
 class Clock:
@@ -96,8 +102,9 @@ class Trainer:
     def checkpoint_due(self) -> bool:
         """Whether this step ends with a checkpoint."""
         cfg = self.config.checkpoint
-        periodic = cfg.every > 0 and self.state.step % cfg.every == 0
-        return periodic or (self.finished and cfg.at_end) or (self.stop.asked and cfg.on_interrupt)
+        return (
+            _due(self.state.step, cfg.every) or (self.finished and cfg.at_end) or (self.stop.asked and cfg.on_interrupt)
+        )
 
     def fit(self) -> None:
         """Train from the current state to the last step, or until a stop is asked for.
@@ -136,7 +143,7 @@ class Trainer:
             loss += self.engine.forward_backward(moved, scored)
         lr = learning_rate(self.state.step, self.config.optim.lr, self.total_steps, self.config.schedule)
         try:
-            result = self.engine.step(lr)
+            result = self.engine.step(lr, measure=_due(self.state.step + 1, self.config.log.norms_every))
         except NonFiniteGradient:
             raise self._non_finite() from None
         self.state.step += 1
@@ -161,8 +168,9 @@ class Trainer:
             extra: Row = {}
             for hook in self.hooks:
                 extra |= hook.measure(self)
-        every = self.config.log.every
-        if extra or self.leaving or (every > 0 and self.state.step % every == 0):
+        if report.result.norms is not None:
+            extra |= summarise(report.result.norms)
+        if extra or self.leaving or _due(self.state.step, self.config.log.every):
             row = self._row(report) | extra
             with self.clock.paused():
                 for hook in self.hooks if self.topology.is_main else []:

@@ -53,7 +53,8 @@ def write_checkpoint(
     if tokenizer is None:
         config["nexa_tokenizer"] = "bytes"
     writer = CheckpointWriter(run / "checkpoints", asynchronous=False)
-    files = {} if tokenizer is None else {"tokenizer.json": tokenizer}
+    beside = [] if tokenizer is None else [tokenizer, tokenizer.with_name("tokenizer_config.json")]
+    files = {path.name: path for path in beside if path.is_file()}
     writer.save(1, fragments, {"data": {"sequence_length": sequence_length}}, config, files)
     writer.close()
     return run / "checkpoints" / "step_00000001"

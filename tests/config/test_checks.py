@@ -89,7 +89,17 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({"checkpoint__permanent_every": 700}, None, "not a multiple of checkpoint.every=500"),
     ({"checkpoint__every": 0, "checkpoint__permanent_every": 10}, None, "no checkpoints are written"),
     ({"run__name": " "}, None, "run.name='': must not be empty"),
-    ({"parallel__sequence": True}, None, "parallel.sequence=true: sequence parallelism needs tensor parallelism"),
+    ({"parallel__sequence": True}, None, "parallel.tensor=1 has none"),
+    (
+        {
+            "parallel__sequence": True,
+            "parallel__tensor": 4,
+            "data__sequence_length": 1023,
+            "train__micro_batch_size": 1,
+        },
+        None,
+        "set data.sequence_length=1020 or 1024 or parallel.sequence=false",
+    ),
     ({"optim__lr": 0}, None, "optim.lr=0.0: must be greater than 0"),
     ({"parallel__zero_stage": 4}, None, "parallel.zero_stage=4: must be in [0, 3]"),
     ({"schedule__min_lr_ratio": 1.5}, None, "schedule.min_lr_ratio=1.5: must be in [0, 1]"),
@@ -114,18 +124,19 @@ def test_a_broken_rule_is_named(changed: dict[str, Any], world: int | None, prob
     assert len(found) == (2 if "[0].path" in problem else 1), found
 
 
-def test_tensor_parallelism_must_divide_everything_and_is_not_built():
-    found = check(config(parallel__tensor=3), world_size=4)
-    named = [text.split("=")[0] for text in found]
-    # Heads, feed-forward and vocabulary: 8, 1368 = 3 * 456, 32000.
-    assert named == ["parallel.tensor", "model.num_attention_heads", "model.vocab_size", "parallel.tensor"]
+def test_tensor_parallelism_must_divide_processes_and_heads():
+    found = check(config(parallel__tensor=5), world_size=4)
+    # 8 heads, 1368 features; only megatron-core cares about the second, nobody about 32000 words
+    assert [text.split("=")[0] for text in found] == ["parallel.tensor", "model.num_attention_heads"]
     assert "must divide the number of processes, 4: one of 1, 2, 4" in found[0]
-    assert "set model.vocab_size=31998 or 32001" in found[2]
-    assert "not built yet" in found[3]
+    found = check(config(parallel__tensor=5, parallel__backend="megatron"), world_size=4)
+    assert "set model.intermediate_size=1365 or 1370" in found[2] and "parallel.backend=native" in found[2]
+    odd = config(parallel__tensor=2, model__vocab_size=32001, model__num_key_value_heads=1, model__intermediate_size=99)
+    assert check(odd, 2) == []
 
 
 def test_every_rule_is_broken_by_some_case():
-    tried = [(config(**changed), world) for changed, world, _ in CASES] + [(config(parallel__tensor=3), 4)]
+    tried = [(config(**changed), world) for changed, world, _ in CASES] + [(config(parallel__tensor=5), 4)]
     silent = [each.rule.__name__ for each in CHECKS if not any(list(each.rule(cfg, world)) for cfg, world in tried)]
     assert silent == []
 

@@ -1,8 +1,9 @@
-"""A few steps of the real engine, started by torchrun in tests: prints a JSON record from rank 0."""
+"""A few steps of the real engine, started by torchrun in tests: writes a JSON record and the weights from rank 0."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import torch
@@ -10,46 +11,65 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from nexa.config.build import from_mapping
-from nexa.model.decoder import Decoder
-from nexa.model.init import initialise
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import connect, disconnect
 
 
-def main() -> None:
-    job = json.loads(sys.argv[1])
+def whole_tensors(engine: Engine, state: str = "weight") -> tuple[dict[str, torch.Tensor], float]:
+    """(every master weight, or every tensor of an optimizer state, whole, put together from what ranks own; the largest
+    difference between two owners)."""
+    low = {name: torch.full((math.prod(shape),), math.inf) for name, shape in engine.parameter_shapes().items()}
+    high = {name: torch.full_like(value, -math.inf) for name, value in low.items()}
+    for fragment in engine.fragments():
+        for run in fragment.shard.runs(fragment.start, fragment.stop):
+            begin = run.offset - fragment.start
+            values = fragment.tensors[state][begin : begin + run.rows * run.width].view(run.rows, run.width)
+            for whole in (low[fragment.name], high[fragment.name]):
+                whole.as_strided((run.rows, run.width), (run.stride, 1), run.start).copy_(values)
+    for name in low:
+        dist.all_reduce(low[name], op=dist.ReduceOp.MIN)
+        dist.all_reduce(high[name], op=dist.ReduceOp.MAX)
+    return low, max(float((high[name] - low[name]).max()) for name in low)
+
+
+def run(job: dict) -> dict:
+    """Train as the job says; losses, gradient norms, and what the ranks disagree about."""
     cfg = from_mapping(job["config"])
     topology = connect(cfg)
-    model = Decoder(cfg.model, cfg.norm)
-    initialise(model, cfg.model, cfg.norm, cfg.train.seed)
-    engine = Engine(model, cfg, topology)
+    engine = Engine(cfg, topology)
     generator = torch.Generator().manual_seed(7)
     batch, length, micro = cfg.train.global_batch_size, cfg.data.sequence_length, cfg.train.micro_batch_size
     losses, norms = [], []
-    for _ in range(job["steps"]):
+    measured = None
+    for step in range(job["steps"]):
         rows = torch.randint(0, cfg.model.vocab_size, (batch, length + 1), generator=generator)
         labels = rows[:, 1:].clone()
-        labels[torch.rand(labels.shape, generator=generator) < job.get("ignore", 0.0)] = -100
+        labels[torch.rand(labels.shape, generator=generator) < job["ignore"]] = -100
         scored = int((labels >= 0).sum())
         total = torch.zeros(())
         for index in range(engine.accumulation):
             first = (index * topology.data_size + topology.data_rank) * micro
             window = slice(first, first + micro)
             total += engine.forward_backward({"input_ids": rows[window, :-1], "labels": labels[window]}, scored)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=topology.data_group)
         losses.append(total.item() / scored)
-        norms.append(float(engine.step(job["lr"]).grad_norm))
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
-    weights = {name: torch.zeros(size) for name, size in sizes.items()}
-    for fragment in engine.fragments():
-        weights[fragment.name][fragment.start : fragment.stop] = fragment.tensors["weight"]
-    for full in weights.values():
-        if engine.stage > 0:
-            dist.all_reduce(full)
+        result = engine.step(job["lr"], measure=step == job["steps"] - 1)
+        norms.append(float(result.grad_norm))
+        measured = result.norms
+    weights, divergence = whole_tensors(engine)
     if topology.is_main:
-        save_file({name: w.clone() for name, w in weights.items()}, job["out"] + ".safetensors")
-        with open(job["out"], "w") as file:
-            json.dump({"losses": losses, "norms": norms}, file)
+        save_file(weights, job["weights"])
+    return {"losses": losses, "norms": norms, "divergence": divergence, "measured": measured}
+
+
+def main() -> None:
+    """argv[1]: JSON list of jobs; argv[2]: where rank 0 writes the list of their results."""
+    with open(sys.argv[1]) as file:
+        jobs = json.load(file)
+    results = [run(job) for job in jobs]
+    if dist.get_rank() == 0:
+        with open(sys.argv[2], "w") as file:
+            json.dump(results, file)
     disconnect()
 
 

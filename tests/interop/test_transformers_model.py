@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import nexa
+from nexa.inference.generate import generate_batch
+from nexa.inference.sampling import Sampling
+from nexa.interop.huggingface import config_json
 from nexa.model.kinds import KINDS
 from nexa.model.placement import PLACEMENTS
 from tests.cli.common import read_json, tiny_model, write_checkpoint
@@ -147,9 +150,79 @@ def test_generate_is_greedy_decoding_of_our_decoder(pair):
     assert torch.equal(found, ids)
 
 
+def wrapped(decoder):
+    """The transformers model of a decoder, without a checkpoint between them."""
+    from nexa.interop.transformers_config import NexaConfig
+    from nexa.interop.transformers_model import NexaForCausalLM
+
+    model = NexaForCausalLM(NexaConfig(**config_json(decoder.config, decoder.norm_config, eos_token_id=None)))
+    model.load_state_dict(decoder.state_dict())
+    return model.eval()
+
+
+PROMPTS = [[256, 100, 101, 7, 7, 9, 200], [256], [256, 3, 3]]
+WIDTH = max(map(len, PROMPTS))
+PADDED = torch.tensor([[0] * (WIDTH - len(prompt)) + prompt for prompt in PROMPTS])
+MASK = torch.tensor([[0] * (WIDTH - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+OPTIONS = dict(attention_mask=MASK, max_new_tokens=8, eos_token_id=None, pad_token_id=0)
+MODELS = {
+    **{name: dict(placement=name) for name in PLACEMENTS},
+    **{kind: dict(placement="post", kind=kind, tie_word_embeddings=kind == "layernorm") for kind in KINDS},
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_generate_with_a_cache_is_generate_without_and_our_own(case):
+    decoder = tiny_model(**MODELS[case])
+    model, read = wrapped(decoder), []
+    model.model.register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
+    with_cache = model.generate(PADDED, do_sample=False, **OPTIONS)
+    assert read == [WIDTH] + [1] * 7
+    without = model.generate(PADDED, do_sample=False, use_cache=False, **OPTIONS)
+    assert read[8:] == list(range(WIDTH, WIDTH + 8))
+    assert torch.equal(with_cache, without)
+    assert with_cache[:, WIDTH:].tolist() == generate_batch(decoder, PROMPTS, Sampling(8, greedy=True))
+
+
+def test_beams_with_a_cache_are_beams_without(pair):
+    found = [pair[1].generate(PADDED, num_beams=3, do_sample=False, use_cache=use, **OPTIONS) for use in (True, False)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_of_pieces_are_those_of_the_whole(pair, side):
+    from transformers import DynamicCache
+
+    model = pair[1]
+    mask = torch.ones_like(IDS)
+    mask[0, slice(0, 3) if side == "left" else slice(9, 12)] = 0
+    with torch.no_grad():
+        whole = model(IDS, attention_mask=mask)
+        assert whole.past_key_values is None
+        cache = DynamicCache()
+        for start, stop in ((0, 5), (5, 6), (6, 12)):
+            found = model(IDS[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+            assert found.past_key_values is cache
+            seen = mask[:, start:stop].bool()
+            assert (found.logits - whole.logits[:, start:stop])[seen].abs().max() < 1e-5
+        first = model(IDS[:, :5], use_cache=True)
+        assert first.past_key_values.get_seq_length() == 5
+        last = model(IDS, attention_mask=mask, logits_to_keep=2).logits
+        assert (last - whole.logits[:, -2:]).abs().max() < 1e-6
+
+
 def test_unsupported_inputs_are_refused(pair):
-    with pytest.raises(ValueError, match="past_key_values"):
-        pair[1](IDS, past_key_values=object())
+    from transformers import DynamicCache, StaticCache
+
+    model = pair[1]
+    with pytest.raises(ValueError, match="past_key_values: nexa models do not support static caches"):
+        model(IDS, past_key_values=StaticCache(config=model.config, max_batch_size=2, max_cache_len=20))
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model(IDS, inputs_embeds=torch.zeros(2, 12, 32))
+    cache = DynamicCache()
+    model(IDS, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"attention_mask: must have the shape \[2, 13\], has \[2, 1\]"):
+        model(IDS[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
 
 
 def test_saved_by_transformers_and_opened_again(pair, tmp_path):

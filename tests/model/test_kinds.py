@@ -13,6 +13,7 @@ from nexa.config.schema import ModelConfig, NormConfig, NormKind
 from nexa.model.decoder import Decoder, flops_per_token
 from nexa.model.init import initialise
 from nexa.model.kinds import KINDS, NormBuilder
+from nexa.model.layers import Features
 from nexa.model.norms import dyt_alpha
 from nexa.model.placement import PLACEMENTS
 
@@ -36,7 +37,7 @@ def decoder(kind: str, placement: str = "pre", seed: int = 0, model: ModelConfig
 
 def one(kind: str, size: int = WIDTH, width: int = WIDTH) -> torch.nn.Module:
     """A norm of `kind`, matrices as PyTorch's constructors leave them."""
-    return NormBuilder(KINDS[kind], 1e-6, width, RANK)("attention", size)
+    return NormBuilder(KINDS[kind], 1e-6, width, RANK)("attention", Features.whole(size))
 
 
 def test_the_schema_names_the_rows() -> None:

@@ -1,0 +1,121 @@
+"""The layers that tensor parallelism shards, as a model asks for them. Here every process has all of each.
+
+A sublayer *enters* with what all ranks of a tensor-parallel group share and *leaves* with a sum over them; between the
+two a rank computes its own features: heads of the attention, columns of the feed-forward, words of the vocabulary.
+`nexa.parallel` has the sharded makers; a model does not know which one it was built with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nexa.model.loss import Kernel, compiled_kernel, linear_cross_entropy, nll_and_gradient
+from nexa.sharding import Shard
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """What crossing into a sublayer, or summing over ranks, is for a process that has everything."""
+    return x
+
+
+@dataclass(frozen=True)
+class Features:
+    """A dimension of which this process computes indices [start, stop) of `size`."""
+
+    size: int
+    start: int
+    stop: int
+    total: Callable[[Tensor], Tensor] = unchanged
+    """Sums a statistic [..., k] over the ranks that share the dimension, and its gradient too."""
+
+    @classmethod
+    def whole(cls, size: int) -> Features:
+        """A dimension that no other process shares."""
+        return cls(size, 0, size)
+
+    @property
+    def local(self) -> int:
+        """How many indices are this process's."""
+        return self.stop - self.start
+
+    def vector(self, value: float) -> nn.Parameter:
+        """A parameter with one number per index, all `value` at first; checkpoint shape [size]."""
+        parameter = nn.Parameter(torch.full((self.local,), value))
+        self.mark(parameter, 0, (self.size,))
+        return parameter
+
+    def mark(self, parameter: Tensor, dim: int, shape: tuple[int, ...]) -> None:
+        """Say that `parameter` is this process's part, along `dim`, of a whole of `shape`.
+
+        DeepSpeed reads the last two marks, Megatron-LM's names, to count each number of a gradient once.
+        """
+        each = shape[dim] // self.size
+        if self.local < self.size:
+            shard = Shard(shape, dim, self.start * each, self.stop * each)
+            for name, mark in (("nexa_shard", shard), ("tensor_model_parallel", True), ("partition_dim", dim)):
+                setattr(parameter, name, mark)
+
+
+class Head(nn.Linear):
+    """Output head; with labels it returns the summed cross-entropy without making the full logits.
+
+    The loss is computed inside the module's forward so that ZeRO-3 has the weight gathered.
+    """
+
+    chunk_tokens: int = 4096
+    kernel: Kernel = staticmethod(nll_and_gradient)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """hidden [..., d] -> logits [..., V], or with labels [...] the summed loss, scalar."""
+        if labels is None:
+            return super().forward(hidden)
+        flat = hidden.reshape(-1, hidden.shape[-1]), self.weight, labels.flatten()
+        return linear_cross_entropy(*flat, self.chunk_tokens, self.kernel)
+
+    def compile_kernel(self) -> None:
+        """Use the compiled kernel of the loss from now on."""
+        self.kernel = compiled_kernel()
+
+
+class Layers:
+    """Makes whole layers."""
+
+    tensor_size = 1
+    """Ranks that share a layer."""
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        """device: of the matrices; `meta` allocates nothing and leaves them to be filled in one by one."""
+        self.device = device
+
+    def features(self, size: int) -> Features:
+        """A dimension inside a sublayer."""
+        return Features.whole(size)
+
+    @property
+    def enter(self) -> Callable[[Tensor], Tensor]:
+        """Bring the residual stream [B, T, d] (or a share of its tokens) into a sublayer."""
+        return unchanged
+
+    def whole(self, in_features: int, out_features: int) -> nn.Module:
+        """A matrix that every rank has whole."""
+        return nn.Linear(in_features, out_features, bias=False, device=self.device)
+
+    def column(self, in_features: int, out_features: int) -> nn.Module:
+        """From the entered stream to this rank's features."""
+        return self.whole(in_features, out_features)
+
+    def row(self, in_features: int, out_features: int) -> nn.Module:
+        """From this rank's features back to the residual stream, which includes the sum over ranks."""
+        return self.whole(in_features, out_features)
+
+    def embedding(self, vocabulary: int, width: int) -> nn.Module:
+        """ids [B, T] -> residual stream [B, T, d] (or a share of its tokens)."""
+        return nn.Embedding(vocabulary, width, device=self.device)
+
+    def head(self, width: int, vocabulary: int) -> Head:
+        """From the residual stream to logits [..., V] or the loss."""
+        return Head(width, vocabulary, bias=False, device=self.device)
