@@ -28,9 +28,12 @@ LAYOUTS = [
     (4, 1, 1, 3),
     (4, 2, 1, 1),
     (4, 3, 1, 3),
+    (4, 0, 2, 2),
+    (4, 1, 2, 3),
+    (4, 2, 2, 1),
+    (4, 3, 2, 6),
+    (2, 1, 2, 4),
     (3, 1, 1, 2),
-    (3, 3, 1, 4),
-    (2, 2, 1, 3),
     (2, 3, 1, 1),
     (1, 0, 1, 4),
 ]
@@ -256,7 +259,7 @@ def unbroken_run(forked: Forked, folder: Path, mixture: str, steps: int) -> Path
 
 
 def test_three_kills(forked: Forked, mixture: str, tmp_path: Path) -> None:
-    layouts = [(4, 2, 1, 1), (3, 0, 1, 4), (2, 3, 1, 3), (4, 1, 1, 3)]
+    layouts = [(4, 2, 1, 1), (4, 1, 2, 3), (2, 3, 1, 3), (4, 3, 2, 2)]
     unbroken = unbroken_run(forked, tmp_path, mixture, 16)
     torn = go_on_after_kills([forked], layouts, ["save", "steps", "save"], tmp_path / "killed", mixture, 16)
     assert torn >= 1, "no kill hit a save"
