@@ -107,7 +107,7 @@ class SaveJob:
             tensors = {}
             for (state, parameter), data in self.buffers.items():
                 if kind_of(state) == kind:
-                    tensors[file_key(state, parameter)] = (self.plan[parameter].shape, data)
+                    tensors[file_key(state, parameter)] = self.plan[parameter].assemble(data)
                     where.setdefault(parameter, {})[state] = name
             records[name] = write_tensors(self.tmp / name, tensors, {"format": "pt"})
         part = {"files": _plain(records), "where": where, "scalars": self.scalars}

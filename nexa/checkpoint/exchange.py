@@ -12,7 +12,6 @@ import torch.distributed as dist
 from nexa.checkpoint.fragment import Fragment
 from nexa.checkpoint.layout import Description, ParameterPlan, Piece
 from nexa.checkpoint.safetensors_io import DTYPES, as_bytes
-from nexa.sharding import Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,39 +70,13 @@ class Link:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
-class Window:
-    """Elements [start, stop) of a flattened shard of `whole`, a flat tensor, seen as one row of bytes."""
-
-    def __init__(self, whole: torch.Tensor, shard: Shard, start: int, stop: int) -> None:
-        width = whole.element_size()
-        self._memory = as_bytes(whole.detach())
-        # The bytes of an element are one more dimension: what cuts elements cuts bytes too.
-        self._shard = Shard((*shard.shape, width), shard.dim, shard.start, shard.stop)
-        self._first = start * width
-        self.nbytes = (stop - start) * width
-
-    def match(self, low: int, row: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Bytes [low, low + len(row)) of the window beside those of `row`: at most three pairs of one shape each."""
-        first = self._first + low
-        for run in self._shard.runs(first, first + row.numel()):
-            size, at = (run.rows, run.width), run.offset - first
-            mine = self._memory[run.start :].as_strided(size, (run.stride, 1))
-            yield mine, row[at : at + run.rows * run.width].view(size)
-
-    def fill(self, source: torch.Tensor) -> None:
-        """Copy all of the 1-D tensor `source` into the window."""
-        for mine, theirs in self.match(0, as_bytes(source.detach())):
-            # A strided copy from a GPU goes through memory of its own, which must not be left behind unfinished.
-            mine.copy_(theirs, non_blocking=mine.is_contiguous())
-
-
 class ByteStream:
-    """Windows, end to end, as one row of bytes that is read or filled from front to back."""
+    """1-D tensors, end to end, as one row of bytes that is read or filled from front to back."""
 
-    def __init__(self, windows: Iterable[Window]) -> None:
-        self._parts = list(windows)
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._parts = [as_bytes(tensor.detach()) for tensor in tensors]
         self._index, self._at = 0, 0
-        self.left = sum(part.nbytes for part in self._parts)
+        self.left = sum(part.numel() for part in self._parts)
         """Bytes not yet passed."""
 
     def copy_out(self, message: torch.Tensor) -> None:
@@ -116,19 +89,19 @@ class ByteStream:
         for part, piece in self._walk(message):
             part.copy_(piece)
 
-    def _walk(self, message: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _walk(self, message: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         done = 0
         while done < message.numel():
             part = self._parts[self._index]
-            count = min(part.nbytes - self._at, message.numel() - done)
-            yield from part.match(self._at, message[done : done + count])
+            count = min(part.numel() - self._at, message.numel() - done)
+            yield part[self._at : self._at + count], message[done : done + count]
             done, self._at, self.left = done + count, self._at + count, self.left - count
-            if self._at == part.nbytes:
+            if self._at == part.numel():
                 self._index, self._at = self._index + 1, 0
 
 
 def allocate(plan: Mapping[str, ParameterPlan], rank: int, pinned: bool) -> dict[Key, torch.Tensor]:
-    """CPU memory for the parameters that `rank` writes, flat; pinned for fast copies from a GPU."""
+    """CPU memory for the parameters that `rank` writes, flat, shard after shard; pinned for fast copies from a GPU."""
     return {
         (state, one.name): torch.empty(one.numel, dtype=DTYPES[dtype], pin_memory=pinned)
         for one in plan.values()
@@ -149,19 +122,18 @@ def collect(
     In round k each rank sends to the k-th rank after it and receives from the k-th before it: no pair waits on a
     circle, and a rank with nothing for a partner skips it on both sides.
     """
-    outgoing: dict[int, list[Window]] = {}
-    incoming: dict[int, list[Window]] = {}
-    for one, shard, piece in _mine(plan, link.rank):
+    outgoing: dict[int, list[torch.Tensor]] = {}
+    incoming: dict[int, list[torch.Tensor]] = {}
+    for one, at, piece in _mine(plan, link.rank):
         for state in sorted(one.states):
             if piece.rank == link.rank:
                 source = fragments[one.name].tensors[state][piece.offset : piece.offset + piece.stop - piece.start]
             if one.writer == link.rank:
-                target = Window(buffers[state, one.name], shard, piece.start, piece.stop)
+                target = buffers[state, one.name][at + piece.start : at + piece.stop]
             if piece.rank == one.writer:
-                target.fill(source)
+                target.copy_(source.detach(), non_blocking=True)
             elif piece.rank == link.rank:
-                row = Window(source, Shard.whole(tuple(source.shape)), 0, source.numel())
-                outgoing.setdefault(one.writer, []).append(row)
+                outgoing.setdefault(one.writer, []).append(source)
             else:
                 incoming.setdefault(piece.rank, []).append(target)
     for shift in range(1, link.world_size):
@@ -173,10 +145,12 @@ def collect(
         torch.cuda.synchronize()
 
 
-def _mine(plan: Mapping[str, ParameterPlan], rank: int) -> Iterator[tuple[ParameterPlan, Shard, Piece]]:
-    """The pieces that `rank` holds or writes, in one order on all ranks."""
+def _mine(plan: Mapping[str, ParameterPlan], rank: int) -> Iterator[tuple[ParameterPlan, int, Piece]]:
+    """The pieces that `rank` holds or writes and where their shard begins in the buffer, in one order on all ranks."""
     for one in plan.values():
+        at = 0
         for shard, pieces in one.shards.items():
             for piece in pieces:
                 if rank in (piece.rank, one.writer):
-                    yield one, shard, piece
+                    yield one, at, piece
+            at += shard.numel

@@ -9,8 +9,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import torch
+
 from nexa.checkpoint.fragment import WEIGHT, Fragment
-from nexa.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES
+from nexa.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, Blocks
 from nexa.sharding import Shard
 
 Description = list[list]
@@ -31,7 +33,10 @@ class Piece(NamedTuple):
 
 
 class ParameterPlan(NamedTuple):
-    """One logical parameter: rank `writer` puts it together from shards that tile it, each from pieces that tile it."""
+    """One logical parameter: rank `writer` puts it together from shards that tile it, each from pieces that tile it.
+
+    Shards and pieces are in order.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -48,6 +53,11 @@ class ParameterPlan(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return _nbytes(self.shape, self.states.values())
+
+    def assemble(self, data: torch.Tensor) -> Blocks:
+        """The whole tensor from flat `data`, in which one shard follows the other."""
+        dim = next((shard.dim for shard in self.shards), 0)
+        return Blocks(self.shape, dim, data.split([shard.numel for shard in self.shards]))
 
 
 class _Gathered:

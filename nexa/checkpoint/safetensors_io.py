@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,9 +35,9 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 GAP_BYTES = 4096
-"""Bytes between two rows that are rather read than skipped: one more read takes as long, and a disk reads whole pages
-anyway (measured: docs/benchmarks.md)."""
-_GAPPED_BYTES = 1 << 20  # rows and gaps read at once; in the processor's cache while they are picked apart
+"""Longest gap between two rows that is read and thrown away, because another call would take longer: rows of 2 KiB from
+the page cache came at 1.4 GB/s with gaps of 2 KiB read along, at 1.2 one by one; with gaps of 14 KiB at 0.4 and 1.1."""
+_CACHED_BYTES = 1 << 20  # rows that are picked apart or put together at once; in the processor's cache meanwhile
 
 
 @dataclass(frozen=True)
@@ -60,29 +60,60 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided(tensor.shape, (1,)).view(torch.uint8)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.Tensor]], metadata: Mapping[str, str]
-) -> FileRecord:
-    """Write {name: (shape, flat CPU tensor)} in bounded memory; the file is on the disk and hashed on return.
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor of `shape` to be written: flat row-major CPU tensors that follow one another along dimension `dim`."""
+
+    shape: tuple[int, ...]
+    dim: int
+    parts: Sequence[torch.Tensor]
+
+    def __post_init__(self) -> None:
+        assert all(part.dim() == 1 and part.device.type == "cpu" for part in self.parts), self.shape
+        assert sum(part.numel() for part in self.parts) == math.prod(self.shape), self.shape
+
+    def in_order(self) -> Iterator[torch.Tensor]:
+        """The tensor's elements, row-major, in flat pieces, each to be used before the next is asked for.
+
+        Several parts go through a buffer of bounded size (of one row, where that is longer).
+        """
+        rows = math.prod(self.shape[: self.dim])
+        if rows <= 1 or len(self.parts) == 1:
+            yield from self.parts
+            return
+        columns = [part.view(rows, -1) for part in self.parts]
+        width = sum(part.shape[1] for part in columns)
+        step = max(1, _CACHED_BYTES // (width * self.parts[0].element_size()))
+        buffer = torch.empty(min(step, rows), width, dtype=self.parts[0].dtype)
+        for low in range(0, rows, step):
+            filled = buffer[: min(step, rows - low)]
+            for part, place in zip(columns, filled.split([part.shape[1] for part in columns], dim=1), strict=True):
+                place.copy_(part[low : low + len(filled)])
+            yield filled.view(-1)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Blocks], metadata: Mapping[str, str]) -> FileRecord:
+    """Write {name: tensor} in bounded memory; the file is on the disk and hashed on return.
 
     Raises OSError like `write_file`.
     """
     # Wide types first keep every tensor aligned to its own element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name][1].element_size(), name))
+    dtypes = {name: one.parts[0].dtype for name, one in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
-        shape, data = tensors[name]
-        assert data.dim() == 1 and data.numel() == math.prod(shape) and data.device.type == "cpu", name
-        begin, end = end, end + data.numel() * data.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[data.dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        shape = tensors[name].shape
+        begin, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def chunks() -> Iterator[Buffer]:
         yield len(text).to_bytes(8, "little") + text
         for name in order:
-            yield as_bytes(tensors[name][1]).numpy().data
+            for piece in tensors[name].in_order():
+                yield _memory(piece)
 
     return write_file(path, chunks())
 
@@ -174,7 +205,7 @@ class TensorFile:
 
     def _read_gaps_too(self, begin: int, dtype: torch.dtype, run: Run, out: torch.Tensor) -> None:
         """Fill `out` with rows from byte `begin` on, many at once and what lies between them."""
-        step = max(1, _GAPPED_BYTES // (run.stride * dtype.itemsize))
+        step = max(1, _CACHED_BYTES // (run.stride * dtype.itemsize))
         buffer = torch.empty(min(step, run.rows) * run.stride, dtype=dtype)
         for low in range(0, run.rows, step):
             rows = min(step, run.rows - low)

@@ -91,12 +91,18 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
+            self._take(self._lock)
+            _replace(self.path / "config.yaml", to_yaml(cfg))
+            _replace(self.path / "environment.json", json.dumps(environment(topology), indent=2) + "\n")
         except OSError as error:
             raise UserError(
                 f"run.dir={self.path}: cannot be written ({error}); set run.dir to another folder"
             ) from None
+
+    def _take(self, lock: IO[str]) -> None:
+        """Lock the folder until this process ends. Raises UserError when another one has it."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"run.dir={self.path}: another run is writing here; give this one another run.name or wait"
@@ -105,5 +111,3 @@ class RunFolder:
             logger.warning(
                 "%s: the file system has no locks (%s); a second run here would not be noticed", self.path, error
             )
-        _replace(self.path / "config.yaml", to_yaml(cfg))
-        _replace(self.path / "environment.json", json.dumps(environment(topology), indent=2) + "\n")

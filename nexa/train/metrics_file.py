@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from nexa.checkpoint.files import write_all
+from nexa.errors import UserError
 from nexa.train.hook import Row
 
 
@@ -24,27 +28,44 @@ def _complete_rows(path: Path, last_step: int) -> list[str]:
 
 
 class MetricsFile:
-    """Append-only; opening it for a resume cuts it back to the checkpoint's step, so that no step is twice."""
+    """Append-only; opening it for a resume cuts it back to the checkpoint's step, so that no step is twice.
+
+    Every method raises UserError when the disk is full or the file cannot be written; what is there stays.
+    """
 
     def __init__(self, path: Path, last_step: int) -> None:
         """last_step: step of the checkpoint the run goes on from; 0 for a fresh run."""
-        if path.exists():
-            kept = _complete_rows(path, last_step)
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(aside, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with self._errors_explained():
+            if path.exists():
+                kept = _complete_rows(path, last_step)
+                aside = path.with_suffix(".tmp")
+                aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                os.replace(aside, path)
+            # Not buffered: a killed process loses no row, and closing has nothing left to write that could fail again.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, row: Row) -> None:
-        """Append a row and hand it to the system, so that a killed process does not lose it."""
+        """Append a row and hand it to the system."""
         clean = {key: (value if math.isfinite(value) else None) for key, value in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        with self._errors_explained():
+            write_all(self._file.fileno(), memoryview(f"{json.dumps(clean)}\n".encode()))
 
     def sync(self) -> None:
         """Make every row so far survive a power cut: called before a checkpoint is completed."""
-        os.fsync(self._file.fileno())
+        with self._errors_explained():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    @contextmanager
+    def _errors_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror or error}); checkpoints so far are intact. Free "
+                "space and start the same command again, or set run.dir to another folder"
+            ) from error

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexa.checkpoint import files
-from nexa.checkpoint.safetensors_io import DTYPES, TensorFile, write_tensors
+from nexa.checkpoint.safetensors_io import DTYPES, Blocks, TensorFile, write_tensors
 from nexa.errors import UserError
 
 
@@ -20,16 +20,35 @@ def _tensors():
     } | {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3)}
 
 
+def _plain(tensor):
+    return Blocks(tuple(tensor.shape), 0, [tensor.reshape(-1)])
+
+
 def test_library_reads_what_we_write(tmp_path):
     path = tmp_path / "a.safetensors"
     tensors = _tensors()
-    record = write_tensors(path, {n: (tuple(t.shape), t.reshape(-1)) for n, t in tensors.items()}, {"format": "pt"})
+    record = write_tensors(path, {n: _plain(t) for n, t in tensors.items()}, {"format": "pt"})
     read = safetensors.torch.load_file(path)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
     with safetensors.safe_open(path, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     assert record == files.FileRecord(path.stat().st_size, files.hash_file(path))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_parts_along_any_dimension_make_the_whole(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("nexa.checkpoint.safetensors_io._CACHED_BYTES", 64)
+    full = torch.arange(4 * 6 * 5).view(4, 6, 5).to(dtype)
+    cuts = {0: [1, 0, 3], 1: [5, 1], 2: [2, 2, 1]}
+    tensors = {
+        str(dim): Blocks((4, 6, 5), dim, [part.reshape(-1) for part in full.split(sizes, dim)])
+        for dim, sizes in cuts.items()
+    }
+    write_tensors(tmp_path / "p.safetensors", tensors, {})
+    read = safetensors.torch.load_file(tmp_path / "p.safetensors")
+    assert read.keys() == {"0", "1", "2"}
+    assert all(torch.equal(one, full) for one in read.values())
 
 
 def test_any_range_of_a_library_file_in_any_type(tmp_path):
