@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.attention import AttentionContext
 from nexa.model.block import Block
+from nexa.model.decoder import WHOLE
 from nexa.model.kinds import NormBuilder
 from nexa.model.loss import linear_cross_entropy
 from nexa.model.placement import BlockPlan, block_plans, has_final_norm
@@ -253,10 +254,10 @@ class Tracer:
     def _block(self, model: ModelConfig, plan: BlockPlan, like: Tensor, masked: bool) -> Cost:
         batch, length, _ = like.shape
         with shapes_only():
-            block = Block(model, self.norm, plan, NormBuilder.of(model, self.norm)).to(like.dtype)
+            block = Block(model, self.norm, plan, NormBuilder.of(model, self.norm), WHOLE).to(like.dtype)
             table = torch.empty(length, block.self_attn.head_dim)
             mask = torch.empty(batch, 1, length, length, dtype=torch.bool) if masked else None
-        context = AttentionContext(table, table, mask)
+        context = AttentionContext(table, table, (batch, length), mask)
         queries = batch * length * block.self_attn.heads
         result = queries * (block.self_attn.head_dim * like.element_size() + 4)
         return trace(block, lambda x: block(x, context), like, [table, *([] if mask is None else [mask])], result)
