@@ -6,6 +6,7 @@ import torch
 from nexa.config.schema import Config
 from nexa.model.attention import AttentionContext
 from nexa.model.block import Block
+from nexa.model.decoder import WHOLE
 from nexa.model.kinds import KINDS, NormBuilder
 from nexa.model.placement import PLACEMENTS, block_plans
 from nexa.model.rope import rope_tables
@@ -44,7 +45,7 @@ def test_a_pre_ln_block_in_bf16_by_hand():
 def really_kept(cfg: Config, index: int) -> int:
     """Bytes of distinct storages that autograd saves in a block on the CPU, parameters and tables left out."""
     plan = block_plans(cfg.norm, cfg.model.num_hidden_layers)[index]
-    block = Block(cfg.model, cfg.norm, plan, NormBuilder.of(cfg.model, cfg.norm))
+    block = Block(cfg.model, cfg.norm, plan, NormBuilder.of(cfg.model, cfg.norm), WHOLE)
     cos, sin = rope_tables(torch.arange(LENGTH), D // HEADS, 1e4, torch.float32)
     given = {t.untyped_storage().data_ptr() for t in (cos, sin, *block.parameters())}
     found: dict[int, torch.UntypedStorage] = {}
@@ -57,7 +58,7 @@ def really_kept(cfg: Config, index: int) -> int:
 
     x = torch.randn(BATCH, LENGTH, D, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = block(x, AttentionContext(cos, sin))
+        result = block(x, AttentionContext(cos, sin, (BATCH, LENGTH)))
     found.pop(result.untyped_storage().data_ptr(), None)
     return sum(storage.nbytes() for storage in found.values())
 
