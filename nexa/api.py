@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from nexa.checkpoint import catalog, load
-from nexa.checkpoint.files import hash_file
 from nexa.config import check, compose
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.errors import ConfigError, UserError
@@ -40,7 +39,7 @@ def load_model(checkpoint_dir: str | Path) -> Decoder:
     Raises UserError naming the file when the directory holds no complete checkpoint or one that is damaged.
     """
     path = load.find(checkpoint_dir)
-    _verify_weights(path)
+    catalog.verify_parts(path, ("model", catalog.CONFIG, "tokenizer.json"))
     model_config, norm = from_config_json(read_config(path), where=str(path / catalog.CONFIG))
     model = _empty_decoder(model_config, norm)
     try:
@@ -72,16 +71,3 @@ def _empty_decoder(model: ModelConfig, norm: NormConfig) -> Decoder:
     if model.tie_word_embeddings:
         decoder.lm_head.weight = decoder.embedding_weight
     return decoder
-
-
-def _verify_weights(path: Path) -> None:
-    """Compare the files that a model is made of, not the optimizer's, with what was written."""
-    files = catalog.read_manifest(path)["files"]
-    needed = [name for name in files if name.startswith("model") or name in {catalog.CONFIG, "tokenizer.json"}]
-    for name in needed:
-        try:
-            whole = hash_file(path / name) == files[name]["sha256"]
-        except OSError as error:
-            raise catalog.damaged(path, name, f"cannot be read ({error.strerror})") from None
-        if not whole:
-            raise catalog.damaged(path, name, "does not have the content that was written (SHA-256 differs)")

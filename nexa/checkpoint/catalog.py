@@ -149,7 +149,20 @@ def verify(path: Path, rank: int = 0, world_size: int = 1) -> None:
         if size != record["bytes"]:
             raise damaged(path, name, f"has {size} bytes, {record['bytes']} were written")
     largest_first = sorted(files, key=lambda name: (-files[name]["bytes"], name))
-    for name in largest_first[rank::world_size]:
+    _verify_content(path, files, largest_first[rank::world_size])
+
+
+def verify_parts(path: Path, beginnings: tuple[str, ...]) -> None:
+    """Compare the files of a checkpoint whose names begin so with what was written, for a reader who wants no others.
+
+    Raises UserError naming the file that is damaged or missing.
+    """
+    files: dict[str, dict[str, Any]] = read_manifest(path)["files"]
+    _verify_content(path, files, [name for name in files if name.startswith(beginnings)])
+
+
+def _verify_content(path: Path, files: dict[str, dict[str, Any]], names: list[str]) -> None:
+    for name in names:
         try:
             digest = hash_file(path / name)
         except OSError as error:

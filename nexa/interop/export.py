@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def export(
     target = Path(destination).absolute()
     check_free(target)
     source = load.find(checkpoint)
-    _verify(source, ("model", catalog.CONFIG, GENERATION, *tokenizer_files.FILES))
+    catalog.verify_parts(source, ("model", catalog.CONFIG, GENERATION, *tokenizer_files.FILES))
     config = read_config(source)
     model, norm = from_config_json(config, where=str(source / catalog.CONFIG))
     shapes = parameter_shapes(model, norm)
@@ -74,20 +73,6 @@ def export(
             _write_generation_config(source, config, folder)
     weight_files = len(set(written.homes.values()))
     return Exported(source, target, config["model_type"], written.total_bytes, weight_files, tokenizer)
-
-
-def _verify(path: Path, beginnings: Iterable[str]) -> None:
-    """Compare the files whose names begin so with what was written; the optimizer's are not needed."""
-    recorded = catalog.read_manifest(path)["files"]
-    for name in recorded:
-        if not name.startswith(tuple(beginnings)):
-            continue
-        try:
-            whole = files.hash_file(path / name) == recorded[name]["sha256"]
-        except OSError as error:
-            raise catalog.damaged(path, name, f"cannot be read ({error.strerror})") from None
-        if not whole:
-            raise catalog.damaged(path, name, "does not have the content that was written (SHA-256 differs)")
 
 
 def standalone_files() -> dict[str, Path]:

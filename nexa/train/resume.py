@@ -9,9 +9,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nexa.api import read_config
+from nexa.checkpoint.catalog import CONFIG
 from nexa.checkpoint.load import find, list_checkpoints, load_fragments, read_state, verify
 from nexa.config.schema import Config
 from nexa.errors import UserError
+from nexa.interop.huggingface import from_config_json
+from nexa.model.placement import block_plans
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import Topology
 from nexa.train.state import RunState
@@ -72,6 +76,29 @@ def agree(topology: Topology, origin: Origin | None) -> Origin | None:
     return box[0]
 
 
+def differences(cfg: Config, checkpoint: Path, optim: dict[str, float]) -> list[str]:
+    """What the config says otherwise than a checkpoint, of what the names and shapes of its tensors do not show.
+
+    optim: the checkpoint's, empty for an imported model.
+    """
+    model, norm = from_config_json(read_config(checkpoint), where=str(checkpoint / CONFIG))
+    there: dict[str, Any] = {"optim.lr": optim.get("lr"), "model.rope_theta": model.rope_theta, "norm.kind": norm.kind}
+    here: dict[str, Any] = {
+        "optim.lr": cfg.optim.lr,
+        "model.rope_theta": cfg.model.rope_theta,
+        "norm.kind": cfg.norm.kind,
+    }
+    there["norm.eps"], here["norm.eps"] = Config(model=model, norm=norm).norm_eps, cfg.norm_eps
+    blocks = cfg.model.num_hidden_layers
+    if block_plans(norm, blocks) != block_plans(cfg.norm, blocks):
+        there["norm.placement"], here["norm.placement"] = norm.placement, cfg.norm.placement
+    return [
+        f"{key}: {value} in the checkpoint, {here[key]} in the config"
+        for key, value in there.items()
+        if value is not None and value != here[key]
+    ]
+
+
 def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -> RunState:
     """Load weights and, as the mode says, moments and position; returns the state to start from.
 
@@ -88,12 +115,8 @@ def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -
     old = RunState.from_dict(saved["state"])
     if topology.is_main:
         logger.info("resuming from %s (step %d, %d tokens)", origin.path, old.step, old.tokens)
-        if saved["optim"]["lr"] != cfg.optim.lr:
-            logger.info(
-                "optim.lr: %g in the checkpoint, %g in the config; the config's is used",
-                saved["optim"]["lr"],
-                cfg.optim.lr,
-            )
+        for difference in differences(cfg, origin.path, saved.get("optim", {})):
+            logger.info("%s; the config's is used", difference)
     same_data = saved["data"] == data
     if origin.mode.step and not same_data:
         changed = ", ".join(
