@@ -68,19 +68,28 @@ def test_recomputation_changes_nothing(tmp_path: Path) -> None:
                 assert deviation(other, outcomes[first]).worst <= 1e-6
 
 
-def test_bf16_follows_fp32(tmp_path: Path) -> None:
-    """bf16 rounds each activation to 3 digits: losses stay within 1 % of fp32 in every layout."""
-    (exact,) = run_jobs(tmp_path, [config("pre", parallel=parallel(0, (1, 1, False)))], 1, steps=8)
-    layouts = [(1, 2, False), TP2, TP2_SP]
+def test_bf16_spreads_as_one_process_does(tmp_path: Path) -> None:
+    """bf16 rounds each activation to 3 digits, and another order of the same sums rounds otherwise. How far that leads is
+    measured on one process that reads its batch in pieces of 8, 4, 2 and 1; no layout may go
+    further than three times that: tensor parallelism also rounds the partial sums of its ranks."""
+    bf16 = [
+        config("pre", train={"precision": "bf16", "micro_batch_size": micro}, parallel=parallel(1, (1, 1, False)))
+        for micro in (8, 4, 2, 1)
+    ]
+    whole, *pieces = run_jobs(tmp_path, bf16, 1)
+    spread = [deviation(one, whole) for one in pieces]
+    (exact,) = run_jobs(tmp_path, [config("pre", parallel=parallel(0, (1, 1, False)))], 1)
+    assert whole.losses == pytest.approx(exact.losses, rel=1e-2)
     mappings = [
         config("pre", train={"precision": "bf16"}, parallel=parallel(stage, layout))
         for stage in STAGES
-        for layout in layouts
+        for layout in [(1, 2, False), TP2, TP2_SP]
     ]
-    for rounded in run_jobs(tmp_path, mappings, 2, steps=8):
-        assert rounded.divergence == 0
-        assert rounded.losses == pytest.approx(exact.losses, rel=1e-2)
-        assert rounded.norms == pytest.approx(exact.norms, rel=5e-2)
+    for mapping, outcome in zip(mappings, run_jobs(tmp_path, mappings, 2), strict=True):
+        found = deviation(outcome, whole)
+        assert found.divergence == 0
+        assert found.loss <= 3 * max(one.loss for one in spread), (mapping["parallel"], found, spread)
+        assert found.norm <= 3 * max(one.norm for one in spread), (mapping["parallel"], found, spread)
 
 
 @pytest.mark.slow
