@@ -28,7 +28,7 @@ train: $(STAMP)  ## train the quickstart: real text, loss plot, text sample; a f
 test: $(STAMP)  ## all tests but the slow grids
 	$(BIN)/python -m pytest -m 'not slow'
 
-grid: $(STAMP)  ## every layout against one process; rewrites the table of docs/parallelism.md; half an hour on 2 cores
+grid: $(STAMP)  ## every layout against one process; rewrites the table of docs/parallelism.md; a quarter of an hour on 2 cores
 	$(BIN)/python -m tests.dist.grid --write docs/parallelism.md
 
 lint: $(STAMP)  ## style and types
