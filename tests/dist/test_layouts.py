@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.common import PLACEMENTS, check, config, deviation, run_jobs
+from tests.dist.common import PLACEMENTS, check, config, deviation, reference, run_jobs
 from tests.dist.grid import STAGES, parallel
 
 TP2, TP2_SP = (2, 1, False), (2, 1, True)
@@ -66,6 +66,16 @@ def test_recomputation_changes_nothing(tmp_path: Path) -> None:
         for first in (0, 3):
             for other in outcomes[first + 1 : first + 3]:
                 assert deviation(other, outcomes[first]).worst <= 1e-6
+
+
+def test_fp16_norms_are_those_without_the_loss_scale(tmp_path: Path) -> None:
+    expected = reference(config("pre"))
+    layouts = [(1, (1, 2, False)), (3, TP2_SP)]
+    mappings = [config("pre", train={"precision": "fp16"}, parallel=parallel(*layout)) for layout in layouts]
+    for outcome in run_jobs(tmp_path, mappings, 2):
+        assert outcome.divergence == 0
+        assert outcome.losses == pytest.approx(expected.losses, rel=1e-3)
+        assert outcome.norms == pytest.approx(expected.norms, rel=2e-3)
 
 
 def test_bf16_spreads_as_one_process_does(tmp_path: Path) -> None:
