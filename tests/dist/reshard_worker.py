@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from nexa.checkpoint.save import CheckpointWriter
 from nexa.config.build import from_mapping
+from nexa.interop.huggingface import config_json
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import connect, disconnect
 from nexa.train.data import TrainingData, open_sources
@@ -48,7 +49,8 @@ def run(job: dict) -> dict:
             Path(job["save"]), rank=topology.rank, world_size=topology.world_size, group=topology.control_group
         )
         saved = RunState(step=step, samples=step * cfg.train.global_batch_size)
-        writer.save(step, engine.fragments(), {"state": saved.to_dict(), "data": {}, "optim": {"lr": cfg.optim.lr}}, {})
+        kept = {"state": saved.to_dict(), "data": {}, "optim": {"lr": cfg.optim.lr}}
+        writer.save(step, engine.fragments(), kept, config_json(cfg.model, cfg.norm, eos_token_id=None))
         writer.close()
         loaded = {key: whole_tensors(engine, key)[0] for key in ("exp_avg", "exp_avg_sq")}
     if topology.is_main:
