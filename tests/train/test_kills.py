@@ -267,13 +267,14 @@ def test_three_kills(forked: Forked, mixture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fifty_kills(forked: Forked, mixture: str, tmp_path: Path) -> None:
-    """On random layouts; every tenth life is started by torchrun."""
-    rng = random.Random(1)
-    layouts = [rng.choice(LAYOUTS) for _ in range(51)]
-    moments = [rng.choice(("start", "steps", "steps", "save", "save", "save")) for _ in range(50)]
-    unbroken = unbroken_run(forked, tmp_path, mixture, 200)
+@pytest.mark.parametrize("seed", range(5))
+def test_fifty_kills(forked: Forked, mixture: str, tmp_path: Path, seed: int) -> None:
+    """Ten kills for each seed, on random layouts; every tenth life is started by torchrun."""
+    rng = random.Random(seed)
+    layouts = [rng.choice(LAYOUTS) for _ in range(11)]
+    moments = [*(rng.choice(("start", "steps", "steps", "save", "save", "save")) for _ in range(9)), "save"]
+    unbroken = unbroken_run(forked, tmp_path, mixture, 50)
     launchers = [*[forked] * 9, Torchrun()]
-    torn = go_on_after_kills(launchers, layouts, moments, tmp_path / "killed", mixture, 200)
-    assert torn >= 5, "hardly a kill hit a save"
-    compare(tmp_path / "killed", unbroken, 200)
+    torn = go_on_after_kills(launchers, layouts, moments, tmp_path / "killed", mixture, 50)
+    assert torn >= 1, "no kill hit a save"
+    compare(tmp_path / "killed", unbroken, 50)
