@@ -50,13 +50,14 @@ def config(placement: str = "pre", **extra: dict) -> dict:
 @dataclass(frozen=True)
 class Outcome:
     """What a run did. divergence: the largest difference between two ranks that hold the same weight. measured: norms of
-    gradient, weight and update of every parameter at the last step."""
+    gradient, weight and update of every parameter at the last step. held: shape of what rank 0 has of each."""
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, torch.Tensor]
     divergence: float = 0.0
     measured: dict[str, list[float]] | None = None
+    held: dict[str, list[int]] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nexa.config.build import from_mapping
+from nexa.scaling.layout import full_shapes, local_shape
 from tests.dist.common import PLACEMENTS, check, config, deviation, reference, run_jobs
 from tests.dist.grid import STAGES, parallel
 
@@ -53,6 +55,20 @@ def test_megatron_core_layers_compute_the_same(tmp_path: Path) -> None:
         config("pre", model={"tie_word_embeddings": True}, parallel=parallel(1, TP2_SP, backend="megatron"))
     )
     check(tmp_path, mappings, processes=2, ignore=0.3)
+
+
+def test_the_plan_knows_what_a_rank_holds(tmp_path: Path) -> None:
+    mappings = [
+        config("normformer", model={"num_key_value_heads": heads}, parallel=parallel(stage, TP2))
+        for heads, stage in ((1, 1), (2, 3))
+    ]
+    for mapping, outcome in zip(mappings, run_jobs(tmp_path, mappings, 2, steps=1), strict=True):
+        cfg = from_mapping(mapping)
+        kv_heads = mapping["model"]["num_key_value_heads"]
+        matrices = {n: s for n, s in full_shapes(cfg.model, cfg.norm).items() if len(s) == 2}
+        assert outcome.held is not None and len(matrices) == 2 + 7 * 4
+        for name, shape in matrices.items():
+            assert outcome.held[name] == list(local_shape(name, shape, 2, kv_heads)), name
 
 
 def test_recomputation_changes_nothing(tmp_path: Path) -> None:

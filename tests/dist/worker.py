@@ -59,7 +59,8 @@ def run(job: dict) -> dict:
     weights, divergence = whole_tensors(engine)
     if topology.is_main:
         save_file(weights, job["weights"])
-    return {"losses": losses, "norms": norms, "divergence": divergence, "measured": measured}
+    held = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    return {"losses": losses, "norms": norms, "divergence": divergence, "measured": measured, "held": held}
 
 
 def main() -> None:
