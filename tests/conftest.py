@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SLOW_PARTS = 8
+SLOW_PARTS = 16
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

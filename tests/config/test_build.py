@@ -82,7 +82,7 @@ def test_mixture_and_lists():
         ({"model": {"hiden_size": 5}}, "model.hiden_size=5: there is no such key; did you mean model.hidden_size"),
         ({"modle": {"hidden_size": 5}}, "modle: there is no such key"),
         ({"lr": 1}, "lr=1: there is no such key; did you mean optim.lr?"),
-        ({"parallel": {"qqqq": 1}}, "parallel has zero_stage, tensor, sequence, timeout_seconds"),
+        ({"parallel": {"qqqq": 1}}, "parallel has zero_stage, tensor, sequence, backend, timeout_seconds"),
         ({3: 1}, "3=1: there is no such key"),
         ([1], "the configuration is [1], which is no mapping"),
     ],
