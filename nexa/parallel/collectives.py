@@ -7,12 +7,15 @@ new tensors: activation checkpointing keeps inputs, which must stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 Group = dist.ProcessGroup
+Step = Callable[[Tensor, Group], Tensor]
 
 
 def sum_over(x: Tensor, group: Group) -> Tensor:
@@ -36,101 +39,51 @@ def scatter_token_sums(x: Tensor, group: Group) -> Tensor:
     return result
 
 
-class _Enter(torch.autograd.Function):
-    """Nothing forward; every rank used all of x for its own features, so its gradient is the sum."""
+def unchanged(x: Tensor, group: Group) -> Tensor:
+    """No communication."""
+    return x.view_as(x)
+
+
+class _Communication(torch.autograd.Function):
+    """One of the functions above forward, and another one backward."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return sum_over(gradient, ctx.group), None  # type: ignore[attr-defined]
-
-
-class _Leave(torch.autograd.Function):
-    """Sum forward; all ranks then compute the same with it, so its gradient is already whole."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
-        return sum_over(x, group)
+    def forward(ctx: FunctionCtx, x: Tensor, there: Step, back: Step, group: Group) -> Tensor:
+        ctx.back, ctx.group = back, group  # type: ignore[attr-defined]
+        return there(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(gradient, ctx.group), None, None, None  # type: ignore[attr-defined]
 
 
-class _Total(torch.autograd.Function):
-    """Sum forward; each rank then does something else with it, so its gradient is a sum too."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return sum_over(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return sum_over(gradient, ctx.group), None  # type: ignore[attr-defined]
-
-
-class _EnterTokens(torch.autograd.Function):
-    """`_Enter` of a stream whose tokens are shared out."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return gather_tokens(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return scatter_token_sums(gradient, ctx.group), None  # type: ignore[attr-defined]
-
-
-class _LeaveTokens(torch.autograd.Function):
-    """`_Leave` to a stream whose tokens are shared out."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return scatter_token_sums(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gather_tokens(gradient, ctx.group), None  # type: ignore[attr-defined]
+def _communicate(x: Tensor, there: Step, back: Step, group: Group) -> Tensor:
+    result = _Communication.apply(x, there, back, group)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def enter(x: Tensor, group: Group) -> Tensor:
-    """Replicated x -> the same; gradients are summed over `group`."""
-    return _apply(_Enter, x, group)
+    """Replicated x -> the same. Every rank uses all of it for its own features, so its gradient is a sum."""
+    return _communicate(x, unchanged, sum_over, group)
 
 
 def leave(x: Tensor, group: Group) -> Tensor:
-    """Partial sums -> their sum, replicated."""
-    return _apply(_Leave, x, group)
+    """Partial sums -> their sum, replicated. All ranks then compute the same, so its gradient is already whole."""
+    return _communicate(x, sum_over, unchanged, group)
 
 
 def total(x: Tensor, group: Group) -> Tensor:
-    """A statistic of each rank's features -> that of all of them; summed backward too."""
-    return _apply(_Total, x, group)
+    """A statistic of each rank's features -> that of all, with which each does something else: sums both ways."""
+    return _communicate(x, sum_over, sum_over, group)
 
 
 def enter_tokens(x: Tensor, group: Group) -> Tensor:
-    """This rank's tokens [tokens / n, d] -> all [tokens, d]; gradients are summed and shared out."""
-    return _apply(_EnterTokens, x, group)
+    """`enter` for a stream whose tokens are dealt out: this rank's [tokens / n, d] -> all [tokens, d]."""
+    return _communicate(x, gather_tokens, scatter_token_sums, group)
 
 
 def leave_tokens(x: Tensor, group: Group) -> Tensor:
-    """Partial sums of all tokens [..., d] -> the sums of this rank's [tokens / n, d]."""
-    return _apply(_LeaveTokens, x.flatten(0, -2), group)
-
-
-def _apply(function: type[torch.autograd.Function], x: Tensor, group: Group) -> Tensor:
-    result = function.apply(x, group)
-    assert isinstance(result, Tensor)
-    return result
+    """`leave` to such a stream: partial sums of all tokens [..., d] -> the sums of this rank's [tokens / n, d]."""
+    return _communicate(x.flatten(0, -2), scatter_token_sums, gather_tokens, group)

@@ -18,7 +18,7 @@ from nexa.parallel.topology import connect, disconnect
 from nexa.train.data import TrainingData, open_sources
 from nexa.train.resume import MODES, Origin, restore
 from nexa.train.state import RunState
-from tests.dist.worker import whole_tensors
+from tests.dist.worker import serve, whole_tensors
 
 
 def run(job: dict) -> dict:
@@ -58,16 +58,5 @@ def run(job: dict) -> dict:
     return {"losses": losses, "norms": norms, "samples": samples}
 
 
-def main() -> None:
-    """argv[1]: JSON list of jobs; argv[2]: where rank 0 writes the list of their results."""
-    with open(sys.argv[1]) as file:
-        jobs = json.load(file)
-    results = [run(job) for job in jobs]
-    if dist.get_rank() == 0:
-        with open(sys.argv[2], "w") as file:
-            json.dump(results, file)
-    disconnect()
-
-
 if __name__ == "__main__":
-    main()
+    serve(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,7 @@ def run(job: dict) -> dict:
     return {"losses": losses, "norms": norms, "divergence": divergence, "measured": measured, "held": held}
 
 
-def main() -> None:
+def serve(run: Callable[[dict], dict]) -> None:
     """argv[1]: JSON list of jobs; argv[2]: where rank 0 writes the list of their results."""
     with open(sys.argv[1]) as file:
         jobs = json.load(file)
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(run)
