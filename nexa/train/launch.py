@@ -86,10 +86,11 @@ def _announce(cfg: Config, topology: Topology) -> None:
         cfg.train.precision,
     )
     logger.info(
-        "%d rank(s) on %s, ZeRO stage %d; batch %d x %d = %d tokens a step, %d steps, %s tokens in all",
+        "%d rank(s) on %s, ZeRO stage %d%s; batch %d x %d = %d tokens a step, %d steps, %s tokens in all",
         topology.world_size,
         topology.device.type,
         cfg.parallel.zero_stage,
+        f", tensor {topology.tensor_size} ({topology.backend})" if topology.tensor_size > 1 else "",
         cfg.train.global_batch_size,
         cfg.data.sequence_length,
         per_step,
