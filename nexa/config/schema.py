@@ -210,8 +210,8 @@ class ParallelConfig:
     sequence: bool = False
     """Shard the residual stream over the tensor-parallel ranks."""
     backend: Literal["auto", "native", "megatron"] = "auto"
-    """Tensor-parallel layers: megatron-core's or nexa's own, which compute the same; auto is megatron on GPUs and
-    native on CPUs."""
+    """Tensor-parallel layers: megatron-core's or nexa's own, which compute the same; auto is native on CPUs and
+    megatron on GPUs, unless the feed-forward does not divide."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the run."""
 

@@ -7,8 +7,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nexa.api import read_config
 from nexa.checkpoint import catalog, files, load
 from nexa.config.schema import ModelConfig, NormConfig
@@ -17,8 +15,8 @@ from nexa.interop.destination import check_free, new_folder
 from nexa.interop.huggingface import NEXA, from_config_json
 from nexa.interop.weights import SHARD_BYTES, Note, WeightFolder, parameter_shapes, write_weights
 from nexa.model.placement import SublayerPlan, block_plans, has_final_norm
+from nexa.model.precision import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GENERATION = "generation_config.json"
 MODULES = {"configuration_nexa.py": "AutoConfig", "modeling_nexa.py": "AutoModelForCausalLM"}
 """Modules that a folder carries when transformers does not know the model, and the auto classes they serve."""

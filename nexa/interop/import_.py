@@ -130,7 +130,7 @@ def _complete(
     state = {
         "state": {"step": 0, "samples": 0, "tokens": 0, "skipped": 0},
         "data": {},
-        "optim": {"lr": 0.0},
+        "optim": {},
         "total_steps": 0,
         "tokens_by_source": {},
         "scalars": {},

@@ -12,12 +12,11 @@ from nexa.config.schema import Config
 from nexa.model.decoder import Decoder
 from nexa.model.init import draw
 from nexa.model.layers import Layers
+from nexa.model.precision import DTYPES
 from nexa.parallel.topology import Topology
 from nexa.sharding import shard_of
 
 Fill = Callable[[nn.Parameter], nn.Parameter]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def layers_for(cfg: Config, topology: Topology) -> Layers:

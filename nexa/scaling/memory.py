@@ -115,13 +115,15 @@ def resident(layout: Layout, count: Sizes) -> tuple[float, float, float]:
     return layout.width * (share + gathered), FP32 * share, optimizer
 
 
-def _kept(layout: Layout, cost: Cost) -> float:
+def kept(layout: Layout, cost: Cost) -> float:
     """Bytes that a block keeps until its backward pass."""
     checkpointing = layout.cfg.train.activation_checkpointing
     stream = cost.boundary / layout.sequence_shards
     if checkpointing == "full":
         return stream
-    everything = cost.kept - cost.stream + cost.stream / layout.sequence_shards
+    # what the two sublayers read is gathered, and kept whole by the matrices that read it
+    read = min(2 * cost.boundary, cost.stream)
+    everything = cost.kept - (cost.stream - read) * (1 - 1 / layout.sequence_shards)
     return everything if checkpointing == "none" else min(everything, stream + cost.products)
 
 
@@ -129,7 +131,7 @@ def _backward(layout: Layout, cost: Cost) -> float:
     """Peak of a block's backward pass, what is recomputed for it included."""
     if layout.cfg.train.activation_checkpointing == "none":
         return cost.backward
-    return cost.backward + max(0.0, cost.kept - _kept(layout, cost))
+    return cost.backward + max(0.0, cost.kept - kept(layout, cost))
 
 
 def phases(layout: Layout, count: Sizes, costs: Costs) -> Iterator[Phase]:
@@ -138,12 +140,19 @@ def phases(layout: Layout, count: Sizes, costs: Costs) -> Iterator[Phase]:
     grad = gradients(layout, count)
     positions = 4 * 2 * layout.cfg.data.sequence_length * (layout.cfg.model.head_dim or _head_dim(layout))
     stream = costs.embedding.boundary / layout.sequence_shards
-    kept = [_kept(layout, cost) for cost in costs.blocks]
+    blocks = [kept(layout, cost) for cost in costs.blocks]
     ends = positions + costs.embedding.kept + costs.final.kept + stream
     done = 0.0
     gathering = costs.embedding.boundary * (layout.sequence_shards > 1)
+    alive = ends + sum(blocks) + gathering
     yield Phase(
-        "loss", weights, flat + grad.before, optimizer, grad.buckets, ends + sum(kept) + gathering, costs.logits.forward
+        "loss",
+        weights,
+        flat + grad.before,
+        optimizer,
+        grad.buckets,
+        alive,
+        costs.logits.forward,
     )
     yield Phase(
         "backward of the loss",
@@ -151,13 +160,13 @@ def phases(layout: Layout, count: Sizes, costs: Costs) -> Iterator[Phase]:
         flat + grad.before,
         optimizer,
         grad.buckets,
-        ends + sum(kept) + gathering,
+        alive,
         costs.logits.kept + costs.logits.backward,
     )
     done += count.head
-    for index in reversed(range(len(kept))):
+    for index in reversed(range(len(blocks))):
         made = grad.before + grad.pieces + grad.per_element * done + layout.width * _largest_of(count, index)
-        alive = ends + sum(kept[: index + 1]) + _backward(layout, costs.blocks[index]) + gathering
+        alive = ends + sum(blocks[: index + 1]) + _backward(layout, costs.blocks[index]) + gathering
         yield Phase(f"backward of block {index}", weights, flat + made, optimizer, grad.buckets, alive)
         done += count.blocks[index]
     table = layout.width * count.embedding
@@ -167,8 +176,8 @@ def phases(layout: Layout, count: Sizes, costs: Costs) -> Iterator[Phase]:
     yield Phase("reduction of the gradients", weights, flat + made, optimizer, grad.buckets)
     yield Phase("update", weights, flat + grad.step + grad.update, optimizer, grad.resident_bucket)
     if layout.stage < 3:
-        # fp32 weights become flat working weights and masters; there are no moments yet
-        start = max(FP32 * count.total, 2 * layout.width * count.total)
+        # weights become flat weights and masters; there are no moments yet
+        start = 2 * layout.width * count.total
         masters = (FP32 + layout.width) * count.total / layout.data if layout.stage else 0.0
         yield Phase("start", start if layout.stage else FP32 * count.total, 0.0, masters, 0.0)
 

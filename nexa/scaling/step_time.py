@@ -106,9 +106,9 @@ def traffic(layout: Layout, count: Sizes) -> Traffic:
         exposed = 0.0
     cut = (layout.tensor - 1) / layout.tensor
     stream = layout.tokens * cfg.model.hidden_size * layout.width
-    # forward and backward all-reduce after attention and feed-forward; recomputing repeats the forward ones, and
-    # sequence parallelism gathers the inputs of both once more in the backward pass
-    passes = 8 + 4 * (cfg.train.activation_checkpointing == "full") + 2 * cfg.parallel.sequence
+    # forward and backward all-reduce after attention and feed-forward, or gathers and scatters of the same volume;
+    # recomputing repeats the forward ones, also where it keeps the matrix products
+    passes = 8 + 4 * (cfg.train.activation_checkpointing != "none")
     ends = 4
     each = (passes * cfg.model.num_hidden_layers + ends) * stream * cut
     return Traffic(hidden, exposed, each * layout.accumulation)

@@ -29,6 +29,7 @@ from nexa.model.decoder import WHOLE
 from nexa.model.kinds import NormBuilder
 from nexa.model.loss import linear_cross_entropy
 from nexa.model.placement import BlockPlan, block_plans, has_final_norm
+from nexa.model.precision import DTYPES
 from nexa.scaling.layout import Layout, full_shapes, local_model, shapes_only
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
@@ -214,7 +215,7 @@ class Tracer:
     def costs(self, layout: Layout) -> Costs:
         """Bytes of every part for one micro-batch of `layout` on one rank, before sequence parallelism."""
         cfg, batch = layout.cfg, layout.cfg.train.micro_batch_size
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.train.precision]
+        dtype = DTYPES[cfg.train.precision]
         like = torch.empty(1, cfg.data.sequence_length, self.model.hidden_size, dtype=dtype, device="meta")
         model, masked, chunk = (
             local_model(self.model, layout.tensor),

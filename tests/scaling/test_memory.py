@@ -1,5 +1,6 @@
 """Bytes by hand for each stage, and what must grow and shrink."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexa.scaling.layout import Sizes
-from nexa.scaling.memory import PARTS, gradients, memory, resident
+from nexa.scaling.memory import PARTS, gradients, kept, memory, resident
 from nexa.scaling.trace import Tracer
 from tests.conftest import run_command
 from tests.scaling.common import configuration, layout
@@ -110,6 +111,15 @@ def test_more_ranks_need_less(stage, tensor):
     )
     assert peak(world=8, stage=stage, tensor=2) < peak(world=8, stage=stage, tensor=1)
     assert peak(world=8, stage=stage, tensor=2, sequence=True) < peak(world=8, stage=stage, tensor=2)
+
+
+def test_sequence_parallelism_leaves_what_matrices_read_whole():
+    """A rank gathers the input of each sublayer and keeps it; of the rest of the stream it keeps its share."""
+    cfg = configuration(parallel={"tensor": 2})
+    cost = Tracer(cfg.model, cfg.norm).costs(layout(cfg, 2)).blocks[0]
+    shared = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, sequence=True))
+    assert cost.stream > 2 * cost.boundary
+    assert kept(layout(shared, 2), cost) == kept(layout(cfg, 2), cost) - (cost.stream - 2 * cost.boundary) / 2
 
 
 def test_higher_stages_need_less_of_a_large_model():

@@ -42,10 +42,14 @@ def test_data_parallel_traffic(stage, hidden, exposed):
     assert (found.hidden, found.exposed, found.tensor) == (hidden, exposed, 0)
 
 
-def test_tensor_parallel_traffic():
-    cfg = configuration(parallel={"tensor": 2})
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(("checkpointing", "passes"), [("none", 8), ("selective", 12), ("full", 12)])
+def test_tensor_parallel_traffic(sequence, checkpointing, passes):
+    """Gathers and scatters of tokens have the volume of all-reduces; recomputing repeats those of the forward pass."""
+    train = {"activation_checkpointing": checkpointing}
+    cfg = configuration(parallel={"tensor": 2, "sequence": sequence}, train=train)
     stream = 32 * 32 * 4
-    assert traffic(layout(cfg, 2), COUNT).tensor == (8 * 2 + 4) * stream / 2
+    assert traffic(layout(cfg, 2), COUNT).tensor == (passes * 2 + 4) * stream / 2
 
 
 def test_one_gpu_is_arithmetic_and_update():
