@@ -225,6 +225,28 @@ def _placement_own(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
+INPUT_NORMS = ("pre", "lns", "mix", "peri", "sandwich", "dssn", "normformer", "hybrid_star")
+"""Placements with a norm before a sublayer."""
+
+
+@_reads("norm.placement", "norm.depth_scaling")
+def _depth_scaling(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.norm.depth_scaling and cfg.norm.placement not in INPUT_NORMS:
+        yield (
+            f"norm.depth_scaling=true: scales what input norms give, and norm.placement={cfg.norm.placement} has none; "
+            f"set norm.depth_scaling=false, or a placement among {', '.join(INPUT_NORMS)}"
+        )
+
+
+@_reads("norm.branch_scale", "norm.branch_scale_value")
+def _branch_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.norm.branch_scale_value is not None and cfg.norm.branch_scale == "none":
+        yield (
+            f"norm.branch_scale_value={cfg.norm.branch_scale_value}: without norm.branch_scale there is no such factor; "
+            "set norm.branch_scale=fixed, or norm.branch_scale_value=null"
+        )
+
+
 # Batches and ranks ------------------------------------------------------------------------------
 
 

@@ -26,6 +26,22 @@ Placement = Literal[
     "normformer",
 ]
 NormKind = Literal["rmsnorm", "layernorm", "crmsnorm", "scalenorm", "dyt", "seednorm", "gatednorm"]
+Initializer = Literal[
+    "normal",
+    "truncated",
+    "scaled",
+    "scaled_depth",
+    "llama",
+    "llama_depth",
+    "fan_in",
+    "mitchell",
+    "tinyllama",
+    "transformers_without_tears",
+    "small_init",
+    "tiny_init",
+    "full_megatron",
+    "xavier",
+]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -55,12 +71,12 @@ class ModelConfig:
     """Epsilon of every norm unless `norm.eps` is set."""
     tie_word_embeddings: bool = False
     """Share the embedding with the output head."""
-    initializer: Literal["normal", "scaled", "llama_depth", "small_init", "tiny_init", "full_megatron", "xavier"] = (
-        "normal"
-    )
+    initializer: Initializer = "normal"
     """Initialisation rule of the matrices: a row of nexa/model/init.py."""
     initializer_range: float = 0.02
-    """Standard deviation of the `normal` and `scaled` rules."""
+    """Standard deviation of the rules `normal`, `truncated`, `scaled` and `scaled_depth`."""
+    initializer_shape: float = 2.0
+    """Shape of the distribution at the rule's standard deviation, a generalised Gaussian: 2 normal, 1 Laplace."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """Attention kernel: `auto` takes flash-attn where it is installed and a GPU is used, else PyTorch SDPA."""
 
@@ -89,6 +105,13 @@ class NormConfig:
     """Norm before the head; null is false for `deepnorm`, true for all others."""
     deepnorm_alpha: float | None = None
     """`deepnorm`: weight of the skip path; null is (2L)^(1/4)."""
+    depth_scaling: bool = False
+    """Multiply what every input norm gives by 1/sqrt(l) in block l, counted from 1: `lns`, which always has it, combined
+    with another placement."""
+    branch_scale: Literal["none", "fixed", "skip_init", "layer_scale"] = "none"
+    """Factor on every sublayer's result: fixed 1/sqrt(2L), or learned, one number (SkipInit) or a vector (LayerScale)."""
+    branch_scale_value: float | None = None
+    """The (initial) factor of branch_scale; null is the method's own."""
     residual_gain: bool = False
     """`normformer`: learnable gain on the skip path of the feed-forward."""
 
@@ -258,6 +281,9 @@ class EvalConfig:
     """Packed stores to evaluate on; null is the validation split of every training source."""
     at_end: bool = True
     """Evaluate after the last step."""
+    harness_compatible: bool = False
+    """Beside the true loss write `val/<source>/harness_loss`, the number that the GaLore family of trainers (Mix-LN and
+    LayerNorm Scaling among them) reports: divided by one batch too many, and so too low."""
 
 
 @dataclass

@@ -34,6 +34,20 @@ def test_features_that_ranks_share(tmp_path: Path) -> None:
     check(tmp_path, whole + shared, processes=2)
 
 
+def test_learned_scales_of_sublayers(tmp_path: Path) -> None:
+    scales = [("skip_init", 1, (2, 1, True)), ("layer_scale", 3, (2, 1, True)), ("layer_scale", 2, (1, 2, False))]
+    cases = [
+        config(
+            norm={"placement": "peri", "branch_scale": scale, "depth_scaling": True},
+            parallel=parallel(stage, layout),
+            model={"num_hidden_layers": 2},
+            train={"micro_batch_size": 8 // layout[1]},
+        )
+        for scale, stage, layout in scales
+    ]
+    check(tmp_path, cases, processes=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["post", "dssn", "normformer"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -41,7 +41,10 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
     state = {name: p.detach().clone().requires_grad_() for name, p in decoder.named_parameters()}
     options = {
         k: getattr(norm, k)
-        for k in ("qk", "embedding", "residual_gain", "mix_alpha", "mix_post_layers", "deepnorm_alpha")
+        for k in (
+            "qk", "embedding", "residual_gain", "mix_alpha", "mix_post_layers", "deepnorm_alpha", "depth_scaling",
+            "branch_scale", "branch_scale_value",
+        )  # fmt: skip
     }
     if norm.final is not None:
         options["final"] = norm.final
@@ -73,6 +76,40 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
 @pytest.mark.parametrize("placement", sorted(PLACEMENTS))
 def test_logits_and_gradients_equal_the_reference(placement: str, kind: str) -> None:
     compare(NormConfig(placement=placement, kind=kind))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("placement", "options"),
+    [
+        ("peri", {"depth_scaling": True}),
+        ("peri", {"depth_scaling": True, "branch_scale": "fixed"}),
+        ("post", {"branch_scale": "fixed", "branch_scale_value": 0.3}),
+        ("peri", {"branch_scale": "skip_init"}),
+        ("post", {"branch_scale": "layer_scale"}),
+    ],
+)
+def test_scales_on_what_sublayers_read_and_give(placement: str, options: dict) -> None:
+    compare(NormConfig(placement=placement, **options))  # type: ignore[arg-type]
+
+
+def test_depth_scaling_of_pre_is_lns() -> None:
+    combined = block_plans(NormConfig(placement="pre", depth_scaling=True), 5)
+    assert combined == block_plans(NormConfig(placement="lns"), 5)
+
+
+def test_initial_branch_scales() -> None:
+    def first(layers: int, **options) -> float:
+        return block_plans(NormConfig(**options), layers)[0].mlp.branch_scale
+
+    assert first(8, branch_scale="fixed") == 0.25
+    assert first(16, branch_scale="skip_init") == 0.25
+    assert [first(n, branch_scale="layer_scale") for n in (18, 24, 32)] == [0.1, 1e-5, 1e-6]
+    assert first(8, branch_scale="skip_init", branch_scale_value=0.01) == 0.01
+    with torch.device("meta"):
+        decoder = Decoder(ModelConfig(**SHAPE), NormConfig(branch_scale="layer_scale"))
+    shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters() if name.endswith("_scale")}
+    assert shapes["model.layers.3.attn_scale"] == shapes["model.layers.0.mlp_scale"] == (24,)
+    assert len(shapes) == 2 * LAYERS
 
 
 @pytest.mark.parametrize("placement", ["pre", "mix", "hybrid", "deepnorm"])

@@ -5,7 +5,7 @@ the folder with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=
 
 A sublayer f (attention or feed-forward) maps the residual stream x to
 
-    y = M_residual( skip_scale * x + M_output( f( input_scale * M_input(x) ) ) )
+    y = M_residual( skip_scale * x + branch_scale * M_output( f( input_scale * M_input(x) ) ) )
 
 where each M is a norm or absent. Statistics of norms are taken in fp32 (fp64 for fp64 input).
 """
@@ -250,17 +250,25 @@ class Block(nn.Module):
         self.post_attention_layernorm = _norm(config) if self.mlp_plan.get("input") else None
         self.mlp = FeedForward(config, plan)
         self.mlp_norm = self._after(config, self.mlp_plan)
+        self.attn_scale = self._scale(config, self.attn_plan)
+        self.mlp_scale = self._scale(config, self.mlp_plan)
 
     @staticmethod
     def _after(config: NexaConfig, plan: Plan) -> nn.ModuleDict:
         return nn.ModuleDict({site: _norm(config) for site in ("output", "residual") if plan.get(site)})
 
+    @staticmethod
+    def _scale(config: NexaConfig, plan: Plan) -> nn.Parameter | None:
+        """The learned factor on what a sublayer adds."""
+        size = {"": 0, "scalar": 1, "vector": config.hidden_size}[plan.get("learned_scale", "")]
+        return nn.Parameter(torch.ones(size)) if size else None
+
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: Any) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
         y = self.self_attn(_enter(x, self.attn_plan, self.input_layernorm), rope, mask, past)
-        x = _leave(x, y, self.attn_plan, self.attn_norm, None)
+        x = _leave(x, y, self.attn_plan, self.attn_norm, self.attn_scale, None)
         y = self.mlp(_enter(x, self.mlp_plan, self.post_attention_layernorm))
-        return _leave(x, y, self.mlp_plan, self.mlp_norm, self.mlp.residual_gain)
+        return _leave(x, y, self.mlp_plan, self.mlp_norm, self.mlp_scale, self.mlp.residual_gain)
 
 
 def _enter(x: Tensor, plan: Plan, norm: nn.Module | None) -> Tensor:
@@ -268,8 +276,12 @@ def _enter(x: Tensor, plan: Plan, norm: nn.Module | None) -> Tensor:
     return y * plan["input_scale"] if "input_scale" in plan else y
 
 
-def _leave(x: Tensor, y: Tensor, plan: Plan, norms: nn.ModuleDict, gain: Tensor | None) -> Tensor:
+def _leave(
+    x: Tensor, y: Tensor, plan: Plan, norms: nn.ModuleDict, scale: Tensor | None, gain: Tensor | None
+) -> Tensor:
     y = norms["output"](y) if "output" in norms else y
+    factor = plan.get("branch_scale") if scale is None else scale
+    y = y if factor is None else y * factor
     skip = x * plan["skip_scale"] if "skip_scale" in plan else x
     joined = (skip if gain is None else skip * gain) + y
     return norms["residual"](joined) if "residual" in norms else joined
