@@ -35,7 +35,7 @@ class Point:
 
 
 def run_points(points: Sequence[Point], folder: Path, jobs: int = 1) -> dict[str, dict[str, Any]]:
-    """Train what has not ended yet, `jobs` runs at a time, each on one thread; results by name, in the order of `points`.
+    """Train what has not ended yet, `jobs` runs at a time, each on one thread; results by name, in order.
 
     Raises SystemExit with a message when a run fails, or when a point of that name has ended with other overrides.
     """

@@ -242,7 +242,7 @@ def _depth_scaling(cfg: Config, world_size: int | None) -> Iterator[str]:
 def _branch_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.norm.branch_scale_value is not None and cfg.norm.branch_scale == "none":
         yield (
-            f"norm.branch_scale_value={cfg.norm.branch_scale_value}: without norm.branch_scale there is no such factor; "
+            f"norm.branch_scale_value={cfg.norm.branch_scale_value}: norm.branch_scale=none has no such factor; "
             "set norm.branch_scale=fixed, or norm.branch_scale_value=null"
         )
 

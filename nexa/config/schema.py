@@ -106,10 +106,10 @@ class NormConfig:
     deepnorm_alpha: float | None = None
     """`deepnorm`: weight of the skip path; null is (2L)^(1/4)."""
     depth_scaling: bool = False
-    """Multiply what every input norm gives by 1/sqrt(l) in block l, counted from 1: `lns`, which always has it, combined
-    with another placement."""
+    """Multiply what every input norm gives by 1/sqrt(l) in block l, counted from 1: `lns`, which always has it,
+    combined with another placement."""
     branch_scale: Literal["none", "fixed", "skip_init", "layer_scale"] = "none"
-    """Factor on every sublayer's result: fixed 1/sqrt(2L), or learned, one number (SkipInit) or a vector (LayerScale)."""
+    """Factor on each sublayer's result: fixed 1/sqrt(2L), or learned, one number (SkipInit) or d (LayerScale)."""
     branch_scale_value: float | None = None
     """The (initial) factor of branch_scale; null is the method's own."""
     residual_gain: bool = False

@@ -39,9 +39,7 @@ class Block(nn.Module):
         y = self.self_attn(_enter(x, self.plan.attn, self.input_layernorm), context)
         x = _leave(x, y, self.plan.attn, self.attn_norm, self.attn_scale, None)
         y = self.mlp(_enter(x, self.plan.mlp, self.post_attention_layernorm))
-        return _leave(
-            x, y, self.plan.mlp, self.mlp_norm, self.mlp_scale, getattr(self.mlp, "residual_gain", None)
-        )
+        return _leave(x, y, self.plan.mlp, self.mlp_norm, self.mlp_scale, getattr(self.mlp, "residual_gain", None))
 
 
 def _site_norms(part: Part, plan: SublayerPlan, make: NormBuilder) -> nn.ModuleDict:

@@ -68,7 +68,7 @@ def _scaled(matrix: Matrix, model: ModelConfig) -> Draw:
 
 
 def _scaled_depth(matrix: Matrix, model: ModelConfig) -> Draw:
-    """The depth-scaled initialisation of the LayerNorm Scaling paper's table: outputs of block l divided by sqrt(2l)."""
+    """The depth-scaled initialisation in the LayerNorm Scaling paper's table: outputs of block l by sqrt(2l)."""
     depth = math.sqrt(2 * (matrix.index + 1)) if matrix.role in _OUTPUTS else 1.0
     return Draw(model.initializer_range / depth)
 

@@ -279,7 +279,13 @@ class Tracer:
 def _structure(plan: BlockPlan) -> Any:
     """What of a block's plan decides which tensors there are: the numbers in it do not."""
     sides = [
-        (s.input, s.output, s.residual, s.input_scale == 1.0, s.skip_scale == 1.0, s.branch_scale == 1.0, s.learned_scale)
+        (
+            s.input,
+            s.output,
+            s.residual,
+            s.learned_scale,
+            *(f == 1.0 for f in (s.input_scale, s.skip_scale, s.branch_scale)),
+        )
         for s in (plan.attn, plan.mlp)
     ]
     return *sides, plan.head_norms, plan.head_scale, plan.mid_norm

@@ -67,7 +67,7 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({"norm__residual_gain": True}, None, "only norm.placement=normformer has it, not pre"),
     ({"norm__deepnorm_alpha": 2.0}, None, "norm.deepnorm_alpha=2.0: only norm.placement=deepnorm has it"),
     ({"norm__depth_scaling": True, "norm__placement": "post"}, None, "norm.placement=post has none; set norm.depth_s"),
-    ({"norm__branch_scale_value": 0.5}, None, "norm.branch_scale_value=0.5: without norm.branch_scale there is no"),
+    ({"norm__branch_scale_value": 0.5}, None, "norm.branch_scale_value=0.5: norm.branch_scale=none has no such factor"),
     ({"train__global_batch_size": 60}, None, "train.global_batch_size=60: not a multiple of train.micro_batch_size=8"),
     ({"train__global_batch_size": 60}, 1, "= 8; set train.global_batch_size=56 or 64, or train.micro_batch_size=6"),
     ({}, 3, "train.micro_batch_size=8 x 3 data-parallel ranks = 24; set train.global_batch_size=48 or 72"),

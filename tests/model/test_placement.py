@@ -42,9 +42,16 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
     options = {
         k: getattr(norm, k)
         for k in (
-            "qk", "embedding", "residual_gain", "mix_alpha", "mix_post_layers", "deepnorm_alpha", "depth_scaling",
-            "branch_scale", "branch_scale_value",
-        )  # fmt: skip
+            "qk",
+            "embedding",
+            "residual_gain",
+            "mix_alpha",
+            "mix_post_layers",
+            "deepnorm_alpha",
+            "depth_scaling",
+            "branch_scale",
+            "branch_scale_value",
+        )
     }
     if norm.final is not None:
         options["final"] = norm.final

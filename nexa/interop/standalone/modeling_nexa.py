@@ -276,9 +276,7 @@ def _enter(x: Tensor, plan: Plan, norm: nn.Module | None) -> Tensor:
     return y * plan["input_scale"] if "input_scale" in plan else y
 
 
-def _leave(
-    x: Tensor, y: Tensor, plan: Plan, norms: nn.ModuleDict, scale: Tensor | None, gain: Tensor | None
-) -> Tensor:
+def _leave(x: Tensor, y: Tensor, plan: Plan, norms: nn.ModuleDict, scale: Tensor | None, gain: Tensor | None) -> Tensor:
     y = norms["output"](y) if "output" in norms else y
     factor = plan.get("branch_scale") if scale is None else scale
     y = y if factor is None else y * factor
