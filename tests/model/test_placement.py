@@ -67,7 +67,7 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
     )
     expected = reference.logits(ids, documents)
     actual = decoder(ids, document_ids=documents)
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
 
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum").backward()
     decoder(ids, labels, documents).backward()
@@ -75,7 +75,7 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
         assert parameter.grad is not None, name
         assert state[name].grad is not None, f"{name} is not used by the reference"
         torch.testing.assert_close(
-            parameter.grad, state[name].grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            parameter.grad, state[name].grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -119,7 +119,7 @@ def test_initial_branch_scales() -> None:
     assert len(shapes) == 2 * LAYERS
 
 
-@pytest.mark.parametrize("placement", ["pre", "mix", "hybrid", "deepnorm"])
+@pytest.mark.parametrize("placement", sorted(PLACEMENTS))
 def test_tied_head(placement: str) -> None:
     compare(NormConfig(placement=placement), tie_word_embeddings=True)  # type: ignore[arg-type]
 
