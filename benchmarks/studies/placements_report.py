@@ -2,8 +2,8 @@
 
     python -m benchmarks.studies.placements_report STUDY --data STORE --figures docs/images
 
-Prints the tables in Markdown. Every finished run of the first seed is measured twice on the same 8,192 validation tokens,
-with its initial weights and with its last checkpoint (`nexa.diagnostics`); measurements are kept in
+Prints the tables in Markdown. Every finished run of the first seed is measured twice on the same 8,192 validation
+tokens, with its initial weights and with its last checkpoint (`nexa.diagnostics`); measurements are kept in
 `STUDY/diagnoses`.
 """
 
@@ -156,7 +156,7 @@ def main() -> None:
             + f" | {ratios[0]:.2f} | {ratios[1]:.2f} |"
         )
     curves = [(f"learning rate {lr:g}", _curves(study, results, lr)) for lr in LEARNING_RATES]
-    draw(arguments.figures / "placements_loss.png", curves, ("training tokens", "training loss (nats per token)"), False)
+    draw(arguments.figures / "placements_loss.png", curves, ("training tokens", "training loss, nats a token"), False)
     for name, key, label in (
         ("variance", "variance", ("stream: 0 the embedding, l after block l", "variance over features")),
         ("gradients", "gradient_norm", ("block", "norm of the gradient of the mean loss")),

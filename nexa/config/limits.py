@@ -51,6 +51,7 @@ LIMITS: dict[str, Limit] = {
     "model.initializer_shape": Limit(0.2, 20),
     "norm.eps": _POSITIVE,
     "norm.gate_rank": _COUNT,
+    "norm.warmup_steps": _NONNEGATIVE,
     "norm.mix_alpha": _SHARE,
     "norm.mix_post_layers": _NONNEGATIVE,
     "norm.deepnorm_alpha": _POSITIVE,

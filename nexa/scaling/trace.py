@@ -53,7 +53,7 @@ class Cost:
     """The input, which is as large as the output."""
 
     def times(self, factor: int) -> Cost:
-        """That of `factor` as many sequences: there is nothing in it that sequences share."""
+        """That of `factor` as many sequences: they share nothing but a few vectors of norms with statistics."""
         return Cost(*(factor * size for size in dataclasses.astuple(self)))
 
 
@@ -164,7 +164,7 @@ def trace(
     """
     leaf = torch.empty_like(like).requires_grad_()
     hooks = [p.register_post_accumulate_grad_hook(_drop) for p in part.parameters()]
-    ledger = _Ledger([leaf, *part.parameters(), *given])
+    ledger = _Ledger([leaf, *part.parameters(), *part.buffers(), *given])
     for name, module in part.named_modules():
         if name in {"self_attn", "mlp"}:
             hooks.append(module.register_forward_pre_hook(lambda *_: setattr(ledger, "in_sublayer", True)))
