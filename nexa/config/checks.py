@@ -225,6 +225,66 @@ def _placement_own(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
+@_reads("norm.placement", "norm.head_scale", "model.hidden_size", "model.num_attention_heads")
+def _head_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
+    size, heads = cfg.model.hidden_size, cfg.model.num_attention_heads
+    if cfg.norm.head_scale != "output":
+        return
+    if cfg.norm.placement != "normformer":
+        yield (
+            f"norm.head_scale=output: only norm.placement=normformer scales heads, not {cfg.norm.placement}; "
+            "set norm.head_scale=heads"
+        )
+    elif size % heads and cfg.model.head_dim is not None:
+        yield (
+            f"norm.head_scale=output: model.hidden_size={size} cannot be cut into as many pieces as there are heads, "
+            f"{heads}; set norm.head_scale=heads or model.hidden_size={_multiples(size, heads)}"
+        )
+
+
+WITHOUT_STATISTICS = ("dyt", "eln")
+"""Kinds that work on each element alone."""
+BHYT_PLACEMENTS = ("pre", "lns")
+"""Placements all of whose blocks have `BlockPlan.pairs_inputs`."""
+
+
+@_reads("norm.kind", "norm.pre_affine")
+def _pre_affine(cfg: Config, world_size: int | None) -> Iterator[str]:
+    kind = cfg.norm.kind
+    if cfg.norm.pre_affine and kind in (*WITHOUT_STATISTICS, "bhyt"):
+        why = "takes no statistics over features" if kind != "bhyt" else "knows the variance of the stream, not of this"
+        yield f"norm.pre_affine=true: norm.kind={kind} {why}; set norm.pre_affine=false"
+
+
+@_reads("norm.kind", "norm.placement", "norm.bhyt_tokens", "model.attention_gate")
+def _bhyt(cfg: Config, world_size: int | None) -> Iterator[str]:
+    kind, placement, gate = cfg.norm.kind, cfg.norm.placement, cfg.model.attention_gate
+    if kind != "bhyt":
+        if cfg.norm.bhyt_tokens is not None:
+            yield f"norm.bhyt_tokens={cfg.norm.bhyt_tokens}: only norm.kind=bhyt has it, not {kind}; set it to null"
+        return
+    if placement not in BHYT_PLACEMENTS:
+        yield (
+            f"norm.kind=bhyt, norm.placement={placement}: the norm before the feed-forward takes its variance from the "
+            "one before attention, so both must be there and nothing may normalise or scale between them; "
+            f"set norm.placement={' or '.join(BHYT_PLACEMENTS)}"
+        )
+    if gate != "none":
+        yield (
+            f"model.attention_gate={gate}: norm.kind=bhyt derives the variance after attention from its matrices, "
+            "without a gate; set model.attention_gate=none"
+        )
+
+
+@_reads("norm.kind", "model.fixnorm")
+def _one_embedding_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.model.fixnorm and cfg.norm.kind in WITHOUT_STATISTICS:
+        yield (
+            f"model.fixnorm=true: norm.kind={cfg.norm.kind} already multiplies the embedding by a learnable "
+            "sqrt(hidden_size), meant for rows that are not normalised; set model.fixnorm=false"
+        )
+
+
 # Batches and ranks ------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ Placement = Literal[
     "reordered",
     "normformer",
 ]
-NormKind = Literal["rmsnorm", "layernorm", "crmsnorm", "scalenorm", "dyt", "seednorm", "gatednorm"]
+NormKind = Literal["rmsnorm", "layernorm", "crmsnorm", "scalenorm", "dyt", "seednorm", "gatednorm", "eln", "bhyt"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -61,6 +61,12 @@ class ModelConfig:
     """Initialisation rule of the matrices: a row of nexa/model/init.py."""
     initializer_range: float = 0.02
     """Standard deviation of the `normal` and `scaled` rules."""
+    attention_gate: Literal["none", "elementwise", "headwise"] = "none"
+    """Gate sigmoid(W x) on what attention's output projection reads, for each feature or each head; x is what attention
+    reads."""
+    fixnorm: bool = False
+    """Embedding rows are used with length sqrt(hidden_size), and by a tied head with length 1; they start uniform in
+    +-0.01."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """Attention kernel: `auto` takes flash-attn where it is installed and a GPU is used, else PyTorch SDPA."""
 
@@ -89,6 +95,13 @@ class NormConfig:
     """Norm before the head; null is false for `deepnorm`, true for all others."""
     deepnorm_alpha: float | None = None
     """`deepnorm`: weight of the skip path; null is (2L)^(1/4)."""
+    pre_affine: bool = False
+    """Learnable weight on what a norm reads, 1 at first: kinds with statistics over features, not q, k, v norms."""
+    bhyt_tokens: int | None = None
+    """`bhyt`: T of its variance approximation, in the paper the length of training sequences; null is
+    `model.max_position_embeddings`."""
+    head_scale: Literal["heads", "output"] = "heads"
+    """`normformer`: scale heads before the output projection, or as fairseq does as many pieces of its output."""
     residual_gain: bool = False
     """`normformer`: learnable gain on the skip path of the feed-forward."""
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from nexa.config.schema import ModelConfig, NormConfig
-from nexa.model import norms
+from nexa.model import bounded, norms
 from nexa.model.layers import Features
-from nexa.model.norms import NormSite, Part
+from nexa.model.norms import FeatureNorm, NormSite, Part
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Kind:
     source: str
     embed_scale: bool = False
     """A learnable scalar, sqrt(d) at first, multiplies the embedding, because nothing later rescales it."""
+    paired: bool = False
+    """The norm before the feed-forward is given its variance by the one before attention (`bounded.BHyT`)."""
 
 
 KINDS: dict[str, Kind] = {
@@ -49,6 +51,21 @@ KINDS: dict[str, Kind] = {
         "w [n] 1, D [r, n] random, U [n, r] 0",
         "arXiv 2601.22966",
     ),
+    "eln": Kind(
+        bounded.ELN.at,
+        "w x / sqrt(x^2 + c^2 + eps) + b",
+        "w [n] 1, b [n] 0, c [1] 1 / alpha of dyt",
+        "arXiv 2503.21708",
+        embed_scale=True,
+    ),
+    "bhyt": Kind(
+        bounded.BHyT.at,
+        "w tanh(lambda x / (10 rms(x))), before the feed-forward rms^2 = rms^2 of the block's input + "
+        "|W_O W_V|^2 (s lambda / 10)^2 / (T d)",
+        "w [n] 1, lambda [1] 2, before the feed-forward 1",
+        "arXiv 2601.09719",
+        paired=True,
+    ),
 }
 
 
@@ -60,14 +77,19 @@ class NormBuilder:
     eps: float
     width: int
     gate_rank: int
+    pre_affine: bool = False
 
     @classmethod
     def of(cls, model: ModelConfig, norm: NormConfig) -> NormBuilder:
         """For a configuration. KeyError for an unknown kind (the config check comes first)."""
         eps = model.rms_norm_eps if norm.eps is None else norm.eps
-        return cls(KINDS[norm.kind], eps, model.hidden_size, norm.gate_rank)
+        return cls(KINDS[norm.kind], eps, model.hidden_size, norm.gate_rank, norm.pre_affine)
 
     def __call__(self, part: Part, features: Features | None = None, gain: float = 1.0) -> nn.Module:
         """A norm of `part` over `features` (None: the residual stream's), `gain` on its initial weight."""
         features = Features.whole(self.width) if features is None else features
-        return self.kind.build(NormSite(features, self.eps, self.width, part, self.gate_rank, gain))
+        norm = self.kind.build(NormSite(features, self.eps, self.width, part, self.gate_rank, gain))
+        if self.pre_affine:
+            assert isinstance(norm, FeatureNorm)  # the config check comes first
+            norm.add_pre_weight()
+        return norm
