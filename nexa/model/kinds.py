@@ -60,8 +60,7 @@ KINDS: dict[str, Kind] = {
     ),
     "bhyt": Kind(
         bounded.BHyT.at,
-        "w tanh(lambda x / (10 rms(x))), before the feed-forward rms^2 = rms^2 of the block's input + "
-        "|W_O W_V|^2 (s lambda / 10)^2 / (T d)",
+        "w tanh(lambda x / (10 rms(x))), the rms before the feed-forward from that of the block's input",
         "w [n] 1, lambda [1] 2, before the feed-forward 1",
         "arXiv 2601.09719",
         paired=True,
