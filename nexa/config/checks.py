@@ -7,36 +7,16 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
+from nexa.config import norm_checks
 from nexa.config.fields import shorten
 from nexa.config.limits import outside, value_of
+from nexa.config.rules import CHECKS, multiples, reads, settings
 from nexa.config.schema import Config
 
-Rule = Callable[[Config, int | None], Iterator[str]]
-
-
-@dataclass(frozen=True)
-class Check:
-    """A rule and the keys it reads; it is skipped when one of them is already known to be wrong."""
-
-    keys: tuple[str, ...]
-    rule: Rule
-
-
-CHECKS: list[Check] = []
-
-
-def _reads(*keys: str) -> Callable[[Rule], Rule]:
-    """Register a rule with the keys that it reads."""
-
-    def register(rule: Rule) -> Rule:
-        CHECKS.append(Check(keys, rule))
-        return rule
-
-    return register
+assert norm_checks.__name__, "importing it registers its rules"
 
 
 def check(cfg: Config, world_size: int | None = None) -> list[str]:
@@ -64,21 +44,10 @@ def problems(cfg: Config, world_size: int | None, bad: set[str]) -> list[str]:
     return found
 
 
-def _set(cfg: Config, *names: str) -> str:
-    """`a=1, b=2` for messages."""
-    return ", ".join(f"{name}={shorten(value_of(cfg, name))}" for name in names)
-
-
-def _multiples(value: int, divisor: int) -> str:
-    """The multiples of `divisor` around `value`: `48 or 64`."""
-    below = value // divisor * divisor
-    return f"{below} or {below + divisor}" if below else str(divisor)
-
-
 # Length of the run ------------------------------------------------------------------------------
 
 
-@_reads("train.steps", "train.tokens")
+@reads("train.steps", "train.tokens")
 def _one_length(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.train.steps is None and cfg.train.tokens is None:
         yield (
@@ -86,8 +55,9 @@ def _one_length(cfg: Config, world_size: int | None) -> Iterator[str]:
             "such as +exp=quickstart"
         )
     if cfg.train.steps is not None and cfg.train.tokens is not None:
+        shown = settings(cfg, "train.steps", "train.tokens")
         yield (
-            f"{_set(cfg, 'train.steps', 'train.tokens')}: both say how long to train; set train.steps=null to count "
+            f"{shown}: both say how long to train; set train.steps=null to count "
             "tokens, or train.tokens=null to count steps"
         )
 
@@ -100,14 +70,14 @@ def _steps(cfg: Config) -> int | None:
 _LENGTH = ("train.steps", "train.tokens", "train.global_batch_size", "data.sequence_length")
 
 
-@_reads("train.stop_at", *_LENGTH)
+@reads("train.stop_at", *_LENGTH)
 def _stop_inside(cfg: Config, world_size: int | None) -> Iterator[str]:
     steps = _steps(cfg)
     if steps is not None and cfg.train.stop_at is not None and cfg.train.stop_at > steps:
         yield f"train.stop_at={cfg.train.stop_at}: after the last of {steps} steps; at most {steps}, or null"
 
 
-@_reads("schedule.name", "schedule.warmup_steps", "schedule.decay_fraction", "schedule.cooldown_fraction", *_LENGTH)
+@reads("schedule.name", "schedule.warmup_steps", "schedule.decay_fraction", "schedule.cooldown_fraction", *_LENGTH)
 def _schedule_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
     steps, schedule = _steps(cfg), cfg.schedule
     if steps is None:
@@ -128,7 +98,7 @@ def _schedule_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@_reads("schedule.name", "schedule.decay_shape", "schedule.min_lr_ratio", "schedule.constant_lr_ratio")
+@reads("schedule.name", "schedule.decay_shape", "schedule.min_lr_ratio", "schedule.constant_lr_ratio")
 def _schedule_floor(cfg: Config, world_size: int | None) -> Iterator[str]:
     schedule = cfg.schedule
     exponential = schedule.name == "infinite" or (schedule.name == "wsd" and schedule.decay_shape == "exponential")
@@ -137,15 +107,15 @@ def _schedule_floor(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"schedule.min_lr_ratio=0.0: an exponential decay never reaches 0; set schedule.min_lr_ratio=0.01{other}"
     if schedule.name == "infinite" and schedule.constant_lr_ratio < schedule.min_lr_ratio:
         yield (
-            f"{_set(cfg, 'schedule.constant_lr_ratio', 'schedule.min_lr_ratio')}: the constant rate is below the final "
-            f"one; set schedule.min_lr_ratio={schedule.constant_lr_ratio} or less"
+            f"{settings(cfg, 'schedule.constant_lr_ratio', 'schedule.min_lr_ratio')}: the constant rate is below the "
+            f"final one; set schedule.min_lr_ratio={schedule.constant_lr_ratio} or less"
         )
 
 
 # Shape of the model -----------------------------------------------------------------------------
 
 
-@_reads("model.hidden_size", "model.num_attention_heads", "model.head_dim")
+@reads("model.hidden_size", "model.num_attention_heads", "model.head_dim")
 def _head_size(cfg: Config, world_size: int | None) -> Iterator[str]:
     model = cfg.model
     if model.head_dim is not None:
@@ -153,15 +123,15 @@ def _head_size(cfg: Config, world_size: int | None) -> Iterator[str]:
             yield f"model.head_dim={model.head_dim}: rotary embedding pairs coordinates; must be even"
         return
     size, heads = model.hidden_size, model.num_attention_heads
-    shown = _set(cfg, "model.hidden_size", "model.num_attention_heads")
+    shown = settings(cfg, "model.hidden_size", "model.num_attention_heads")
     if size % heads:
-        fitting = _multiples(size, heads)
+        fitting = multiples(size, heads)
         yield f"{shown}: heads must divide the width; set model.hidden_size={fitting}, or model.head_dim"
     elif size // heads % 2:
         yield f"{shown}: the head size {size // heads} must be even for rotary embedding; change one of them"
 
 
-@_reads("model.num_attention_heads", "model.num_key_value_heads")
+@reads("model.num_attention_heads", "model.num_key_value_heads")
 def _kv_heads(cfg: Config, world_size: int | None) -> Iterator[str]:
     heads, groups = cfg.model.num_attention_heads, cfg.model.num_key_value_heads
     if groups is not None and heads % groups:
@@ -169,7 +139,7 @@ def _kv_heads(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"model.num_key_value_heads={groups}: must divide model.num_attention_heads={heads}: one of {fitting}"
 
 
-@_reads("data.sequence_length", "model.max_position_embeddings")
+@reads("data.sequence_length", "model.max_position_embeddings")
 def _positions(cfg: Config, world_size: int | None) -> Iterator[str]:
     length, positions = cfg.data.sequence_length, cfg.model.max_position_embeddings
     if length > positions:
@@ -179,7 +149,7 @@ def _positions(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@_reads("model.attention", "train.device", "train.precision")
+@reads("model.attention", "train.device", "train.precision")
 def _flash(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.model.attention == "flash" and cfg.train.device == "cpu":
         yield "model.attention=flash: flash-attn needs a GPU, train.device=cpu; set model.attention=sdpa"
@@ -190,93 +160,10 @@ def _flash(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-# Norms ------------------------------------------------------------------------------------------
-
-
-@_reads("norm.placement", "norm.mix_post_layers", "model.num_hidden_layers")
-def _mix_layers(cfg: Config, world_size: int | None) -> Iterator[str]:
-    layers, post = cfg.model.num_hidden_layers, cfg.norm.mix_post_layers
-    if post is not None and post > layers:
-        yield f"norm.mix_post_layers={post}: at most model.num_hidden_layers={layers}"
-    elif post is not None and cfg.norm.placement != "mix":
-        yield f"norm.mix_post_layers={post}: only norm.placement=mix has it, not {cfg.norm.placement}; set it to null"
-
-
-@_reads("norm.placement", "norm.qk")
-def _qk_once(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if cfg.norm.qk != "none" and cfg.norm.placement in ("hybrid", "hybrid_star"):
-        yield (
-            f"norm.qk={cfg.norm.qk}: norm.placement={cfg.norm.placement} already normalises queries, keys and values; "
-            "set norm.qk=none"
-        )
-
-
-@_reads("norm.placement", "norm.residual_gain", "norm.deepnorm_alpha")
-def _placement_own(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if cfg.norm.residual_gain and cfg.norm.placement != "normformer":
-        yield (
-            f"norm.residual_gain=true: only norm.placement=normformer has it, not {cfg.norm.placement}; "
-            "set norm.residual_gain=false"
-        )
-    if cfg.norm.deepnorm_alpha is not None and cfg.norm.placement != "deepnorm":
-        yield (
-            f"norm.deepnorm_alpha={cfg.norm.deepnorm_alpha}: only norm.placement=deepnorm has it, "
-            f"not {cfg.norm.placement}; set norm.deepnorm_alpha=null"
-        )
-
-
-INPUT_NORMS = ("pre", "lns", "mix", "peri", "sandwich", "dssn", "normformer", "hybrid_star")
-"""Placements with a norm before a sublayer."""
-
-
-@_reads("norm.placement", "norm.depth_scaling")
-def _depth_scaling(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if cfg.norm.depth_scaling and cfg.norm.placement not in INPUT_NORMS:
-        yield (
-            f"norm.depth_scaling=true: scales what input norms give, and norm.placement={cfg.norm.placement} has none; "
-            f"set norm.depth_scaling=false, or a placement among {', '.join(INPUT_NORMS)}"
-        )
-
-
-@_reads("norm.branch_scale", "norm.branch_scale_value")
-def _branch_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if cfg.norm.branch_scale_value is not None and cfg.norm.branch_scale == "none":
-        yield (
-            f"norm.branch_scale_value={cfg.norm.branch_scale_value}: norm.branch_scale=none has no such factor; "
-            "set norm.branch_scale=fixed, or norm.branch_scale_value=null"
-        )
-
-
-_RUNNING = ("powernorm", "unifiednorm")
-"""Kinds with running statistics."""
-
-
-@_reads("norm.kind", "norm.warmup_steps", "train.activation_checkpointing", "train.precision")
-def _running_norm(cfg: Config, world_size: int | None) -> Iterator[str]:
-    norm, recompute = cfg.norm, cfg.train.activation_checkpointing
-    if norm.kind not in _RUNNING:
-        if norm.warmup_steps is not None:
-            yield (
-                f"norm.warmup_steps={norm.warmup_steps}: norm.kind={norm.kind} has no running statistics to warm up; "
-                f"set norm.warmup_steps=null, or norm.kind={' or '.join(_RUNNING)}"
-            )
-        return
-    if recompute != "none":
-        yield (
-            f"train.activation_checkpointing={recompute}: computing a block again would update the running statistics "
-            f"of norm.kind={norm.kind} twice; set train.activation_checkpointing=none"
-        )
-    if cfg.train.precision == "fp16":
-        yield (
-            f"train.precision=fp16: norm.kind={norm.kind} keeps a running statistic of gradients, which the changing "
-            "loss scale would spoil; set train.precision=bf16 or fp32"
-        )
-
-
 # Batches and ranks ------------------------------------------------------------------------------
 
 
-@_reads("train.global_batch_size", "train.micro_batch_size", "parallel.tensor")
+@reads("train.global_batch_size", "train.micro_batch_size", "parallel.tensor")
 def _batch_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
     tensor, batch, micro = cfg.parallel.tensor, cfg.train.global_batch_size, cfg.train.micro_batch_size
     ranks = 1
@@ -290,12 +177,12 @@ def _batch_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
         fitting = max((n for n in range(1, micro) if share % n == 0), default=0) if batch % ranks == 0 else 0
         yield (
             f"train.global_batch_size={batch}: not a multiple of train.micro_batch_size={micro}{over} = {micro * ranks}"
-            f"; set train.global_batch_size={_multiples(batch, micro * ranks)}"
+            f"; set train.global_batch_size={multiples(batch, micro * ranks)}"
             + (f", or train.micro_batch_size={fitting}" if fitting else "")
         )
 
 
-@_reads("parallel.tensor")
+@reads("parallel.tensor")
 def _world_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
     tensor = cfg.parallel.tensor
     if world_size is not None and world_size % tensor:
@@ -303,7 +190,7 @@ def _world_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"parallel.tensor={tensor}: must divide the number of processes, {world_size}: one of {fitting}"
 
 
-@_reads("parallel.tensor", "parallel.backend", "model.num_attention_heads", "model.intermediate_size")
+@reads("parallel.tensor", "parallel.backend", "model.num_attention_heads", "model.intermediate_size")
 def _tensor_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
     """Key-value heads and the vocabulary need not divide: the first are repeated, the second is padded. The
     feed-forward is shared out unevenly, which megatron-core cannot."""
@@ -314,11 +201,11 @@ def _tensor_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
             other = ", or parallel.backend=native" if name == "intermediate_size" else ""
             yield (
                 f"model.{name}={value}: not divisible by parallel.tensor={tensor}; "
-                f"set model.{name}={_multiples(value, tensor)}, or parallel.tensor={math.gcd(value, tensor)}{other}"
+                f"set model.{name}={multiples(value, tensor)}, or parallel.tensor={math.gcd(value, tensor)}{other}"
             )
 
 
-@_reads("parallel.sequence", "parallel.tensor", "train.micro_batch_size", "data.sequence_length")
+@reads("parallel.sequence", "parallel.tensor", "train.micro_batch_size", "data.sequence_length")
 def _sequence_shares(cfg: Config, world_size: int | None) -> Iterator[str]:
     if not cfg.parallel.sequence:
         return
@@ -332,11 +219,11 @@ def _sequence_shares(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield (
             f"parallel.sequence=true: the {tokens} tokens of train.micro_batch_size x data.sequence_length cannot be "
             f"shared out over parallel.tensor={tensor}; set data.sequence_length="
-            f"{_multiples(cfg.data.sequence_length, tensor)} or parallel.sequence=false"
+            f"{multiples(cfg.data.sequence_length, tensor)} or parallel.sequence=false"
         )
 
 
-@_reads("train.precision", "train.device")
+@reads("train.precision", "train.device")
 def _half_on_cpu(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.train.precision == "fp16" and cfg.train.device == "cpu":
         yield "train.precision=fp16: meant for GPUs, train.device=cpu; set train.precision=bf16 or fp32"
@@ -345,7 +232,7 @@ def _half_on_cpu(cfg: Config, world_size: int | None) -> Iterator[str]:
 # Data and tokens --------------------------------------------------------------------------------
 
 
-@_reads("data.source")
+@reads("data.source")
 def _sources(cfg: Config, world_size: int | None) -> Iterator[str]:
     source = cfg.data.source
     if isinstance(source, str):
@@ -372,7 +259,7 @@ def _resembles(word: str, other: str) -> bool:
     return difflib.SequenceMatcher(None, word.lower(), other).ratio() > 0.8
 
 
-@_reads("data.source", "data.tokenizer", "data.tokenizer_vocab_size", "model.vocab_size")
+@reads("data.source", "data.tokenizer", "data.tokenizer_vocab_size", "model.vocab_size")
 def _vocabulary(cfg: Config, world_size: int | None) -> Iterator[str]:
     size, rows = cfg.data.tokenizer_vocab_size, cfg.model.vocab_size
     if cfg.data.tokenizer == "bytes" and rows < 256:
@@ -382,7 +269,7 @@ def _vocabulary(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.data.source != "embedded" or cfg.data.tokenizer is not None:
         yield (
             f"data.tokenizer_vocab_size={size}: sizes the tokenizer trained on data.source=embedded, which "
-            f"{_set(cfg, 'data.source', 'data.tokenizer')} does not use; set it to null"
+            f"{settings(cfg, 'data.source', 'data.tokenizer')} does not use; set it to null"
         )
     elif size > rows:
         yield (
@@ -391,13 +278,13 @@ def _vocabulary(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@_reads("eval.sources")
+@reads("eval.sources")
 def _eval_sources(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.eval.sources is not None and (not cfg.eval.sources or not all(path.strip() for path in cfg.eval.sources)):
         yield f"eval.sources={cfg.eval.sources}: list packed stores, or null for the validation split of the sources"
 
 
-@_reads("log.sample_tokens", "model.max_position_embeddings")
+@reads("log.sample_tokens", "model.max_position_embeddings")
 def _sample_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
     positions = cfg.model.max_position_embeddings
     if cfg.log.sample_tokens > positions:
@@ -407,13 +294,13 @@ def _sample_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
 # Optimizer, checkpoints, run --------------------------------------------------------------------
 
 
-@_reads("optim.betas")
+@reads("optim.betas")
 def _two_betas(cfg: Config, world_size: int | None) -> Iterator[str]:
     if len(cfg.optim.betas) != 2:
         yield f"optim.betas={cfg.optim.betas}: must be two numbers, for example [0.9, 0.95]"
 
 
-@_reads("resume.mode", "resume.path")
+@reads("resume.mode", "resume.path")
 def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
     mode, path = cfg.resume.mode, cfg.resume.path
     if mode in ("continue", "weights_only", "new_schedule") and not path:
@@ -425,7 +312,7 @@ def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@_reads("checkpoint.every", "checkpoint.permanent_every")
+@reads("checkpoint.every", "checkpoint.permanent_every")
 def _permanent(cfg: Config, world_size: int | None) -> Iterator[str]:
     every, permanent = cfg.checkpoint.every, cfg.checkpoint.permanent_every
     if permanent and not every:
@@ -433,11 +320,11 @@ def _permanent(cfg: Config, world_size: int | None) -> Iterator[str]:
     elif permanent and permanent % every:
         yield (
             f"checkpoint.permanent_every={permanent}: not a multiple of checkpoint.every={every}, so these steps are "
-            f"not saved; set checkpoint.permanent_every={_multiples(permanent, every)}"
+            f"not saved; set checkpoint.permanent_every={multiples(permanent, every)}"
         )
 
 
-@_reads("run.name", "run.dir", "log.wandb_project")
+@reads("run.name", "run.dir", "log.wandb_project")
 def _names(cfg: Config, world_size: int | None) -> Iterator[str]:
     for name in ("run.name", "run.dir", "log.wandb_project"):
         if not value_of(cfg, name).strip():

@@ -52,6 +52,7 @@ LIMITS: dict[str, Limit] = {
     "norm.eps": _POSITIVE,
     "norm.gate_rank": _COUNT,
     "norm.warmup_steps": _NONNEGATIVE,
+    "norm.bhyt_tokens": _COUNT,
     "norm.mix_alpha": _SHARE,
     "norm.mix_post_layers": _NONNEGATIVE,
     "norm.deepnorm_alpha": _POSITIVE,

@@ -35,6 +35,8 @@ NormKind = Literal[
     "gatednorm",
     "powernorm",
     "unifiednorm",
+    "eln",
+    "bhyt",
 ]
 Initializer = Literal[
     "normal",
@@ -87,6 +89,12 @@ class ModelConfig:
     """Standard deviation of the rules `normal`, `truncated`, `scaled` and `scaled_depth`."""
     initializer_shape: float = 2.0
     """Shape of the distribution at the rule's standard deviation, a generalised Gaussian: 2 normal, 1 Laplace."""
+    attention_gate: Literal["none", "elementwise", "headwise"] = "none"
+    """Gate sigmoid(W x) on what attention's output projection reads, for each feature or each head; x is what attention
+    reads."""
+    fixnorm: bool = False
+    """Embedding rows are used with length sqrt(hidden_size), and by a tied head with length 1; they start uniform in
+    +-0.01."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """Attention kernel: `auto` takes flash-attn where it is installed and a GPU is used, else PyTorch SDPA."""
 
@@ -124,6 +132,13 @@ class NormConfig:
     """Factor on each sublayer's result: fixed 1/sqrt(2L), or learned, one number (SkipInit) or d (LayerScale)."""
     branch_scale_value: float | None = None
     """The (initial) factor of branch_scale; null is the method's own."""
+    pre_affine: bool = False
+    """Learnable weight on what a norm reads, 1 at first: kinds with statistics over features, not q, k, v norms."""
+    bhyt_tokens: int | None = None
+    """`bhyt`: T of its variance approximation, in the paper the length of training sequences; null is
+    `model.max_position_embeddings`."""
+    head_scale: Literal["heads", "output"] = "heads"
+    """`normformer`: scale heads before the output projection, or as fairseq does as many pieces of its output."""
     residual_gain: bool = False
     """`normformer`: learnable gain on the skip path of the feed-forward."""
 

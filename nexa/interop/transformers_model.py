@@ -37,6 +37,7 @@ class NexaForCausalLM(PreTrainedModel, GenerationMixin):
         model, norm = config.parts()
         self.model = DecoderStack(model, norm)
         self.lm_head = Head(model.hidden_size, model.vocab_size, bias=False)
+        self.lm_head.fixnorm = model.fixnorm and model.tie_word_embeddings
         self.post_init()
 
     def forward(

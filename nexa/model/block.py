@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.attention import AttentionContext, SelfAttention
+from nexa.model.bounded import BHyT
 from nexa.model.feed_forward import FeedForward
 from nexa.model.kinds import NormBuilder
 from nexa.model.layers import Layers
@@ -22,6 +23,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.plan = plan
+        self.paired = make.kind.paired and plan.pairs_inputs
+        self.tokens = norm.bhyt_tokens or model.max_position_embeddings
         self.input_layernorm = make("attention") if plan.attn.input else None
         self.self_attn = SelfAttention(model, norm, plan, make.eps, layers)
         self.attn_norm = _site_norms("attention", plan.attn, make)
@@ -36,10 +39,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Residual stream [B, T, d], or a share of its tokens [tokens, d], to the same."""
-        y = self.self_attn(_enter(x, self.plan.attn, self.input_layernorm), context)
+        first, second = self._variances(x) if self.paired else (None, None)
+        y = self.self_attn(_enter(x, self.plan.attn, self.input_layernorm, first), context)
         x = _leave(x, y, self.plan.attn, self.attn_norm, self.attn_scale, None)
-        y = self.mlp(_enter(x, self.plan.mlp, self.post_attention_layernorm))
+        y = self.mlp(_enter(x, self.plan.mlp, self.post_attention_layernorm, second))
         return _leave(x, y, self.plan.mlp, self.mlp_norm, self.mlp_scale, getattr(self.mlp, "residual_gain", None))
+
+    def _variances(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squares [..., 1] that the norms before attention and feed-forward take for those of what they read."""
+        norm = self.input_layernorm
+        assert isinstance(norm, BHyT)
+        first = norm.variance(x)
+        return first, norm.second_variance(first, self.self_attn.value_gain(), self.tokens, self.plan.attn.input_scale)
+
+    def borrowed(self) -> list[nn.Parameter]:
+        """Parameters of its parts that its own forward pass reads: ZeRO-3 must gather them for it, too."""
+        if not self.paired:
+            return []
+        attention, norm = self.self_attn, self.input_layernorm
+        found = [attention.v_proj.weight, attention.o_proj.weight, getattr(norm, "lambda")]
+        return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
 
 
 def _site_norms(part: Part, plan: SublayerPlan, make: NormBuilder) -> nn.ModuleDict:
@@ -58,9 +77,9 @@ def _learned_scale(plan: SublayerPlan, width: int) -> nn.Parameter | None:
     return nn.Parameter(torch.full((sizes[plan.learned_scale],), plan.branch_scale))
 
 
-def _enter(x: Tensor, plan: SublayerPlan, norm: nn.Module | None) -> Tensor:
-    """What the sublayer reads."""
-    y = x if norm is None else norm(x)
+def _enter(x: Tensor, plan: SublayerPlan, norm: nn.Module | None, variance: Tensor | None) -> Tensor:
+    """What the sublayer reads; `variance` for the norm, unless it takes its own."""
+    y = x if norm is None else norm(x) if variance is None else norm(x, variance)
     return y if plan.input_scale == 1.0 else y * plan.input_scale
 
 

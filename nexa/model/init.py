@@ -31,9 +31,13 @@ _ROLES = {
     "gate_down": "norm_gate_in",
     "gate_up": "norm_gate_out",
 }
+_INSIDE = {"self_attn.gate_proj": "attn_gate"}
+"""Names that mean something else inside this module."""
 _OUTPUTS = frozenset({"o", "down"})
 CUT = 3.0
 """Standard deviations at which truncated rules cut."""
+FIXNORM_RANGE = 0.01
+"""FixNorm draws its embedding from U(-0.01, 0.01) under every rule (code of arXiv 1910.05895)."""
 _ZERO = frozenset({"norm_gate_out"})
 """Roles that start at 0 under every rule: the gate of a GatedNorm is then 1."""
 
@@ -173,7 +177,9 @@ RULES: dict[str, Callable[[Matrix, ModelConfig], Draw]] = {
 def role_of(name: str) -> str | None:
     """Role of a parameter from its checkpoint name; None for norms, scales and gains."""
     parts = name.split(".")
-    return _ROLES.get(parts[-2]) if parts[-1] == "weight" else None
+    if parts[-1] != "weight":
+        return None
+    return _INSIDE.get(".".join(parts[-3:-1])) or _ROLES.get(parts[-2])
 
 
 def layer_index(name: str) -> int | None:
@@ -195,6 +201,8 @@ def draw(name: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig
         return None
     if role in _ZERO:
         return torch.zeros(shape)
+    if role == "embed" and model.fixnorm:
+        return torch.empty(shape).uniform_(-FIXNORM_RANGE, FIXNORM_RANGE, generator=generator_for(seed, name))
     rule = RULES[model.initializer](Matrix(role, layer_index(name) or 0, *shape), model)
     std = rule.std * PLACEMENTS[norm.placement].matrix_gain(role, model.num_hidden_layers)
     values, generator = torch.empty(shape), generator_for(seed, name)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexa.model.loss import Kernel, compiled_kernel, linear_cross_entropy, nll_and_gradient
@@ -78,6 +79,19 @@ class Features:
                 setattr(parameter, name, mark)
 
 
+UNIT_MIN_LENGTH = 1e-12
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x [..., d] with every row divided by its length: FixNorm (Nguyen and Chiang 2018; arXiv 1910.05895, section 2.2).
+
+    Computed in fp32 or wider, given back in the dtype of `x`; a row of zeros, which pads a table, stays.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    squared = wide.square().sum(-1, keepdim=True).clamp_min(UNIT_MIN_LENGTH**2)
+    return (wide * torch.rsqrt(squared)).to(x.dtype)
+
+
 class Head(nn.Linear):
     """Output head; with labels it returns the summed cross-entropy without making the full logits.
 
@@ -86,12 +100,19 @@ class Head(nn.Linear):
 
     chunk_tokens: int = 4096
     kernel: Kernel = staticmethod(nll_and_gradient)
+    fixnorm: bool = False
+    """Words are compared with rows of length one: the head is a FixNorm embedding."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """What hidden states are multiplied by, [V, d]."""
+        return unit_rows(self.weight) if self.fixnorm else self.weight
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """hidden [..., d] -> logits [..., V], or with labels [...] the summed loss, scalar."""
         if labels is None:
-            return super().forward(hidden)
-        flat = hidden.reshape(-1, hidden.shape[-1]), self.weight, labels.flatten()
+            return F.linear(hidden, self.matrix)
+        flat = hidden.reshape(-1, hidden.shape[-1]), self.matrix, labels.flatten()
         return linear_cross_entropy(*flat, self.chunk_tokens, self.kernel)
 
     def compile_kernel(self) -> None:

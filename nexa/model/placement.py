@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from nexa.config.schema import NormConfig
 
@@ -43,10 +44,17 @@ class BlockPlan:
     mlp: SublayerPlan
     head_norms: tuple[str, ...] = ()
     """Which of q, k, v carry a per-head RMSNorm."""
-    head_scale: bool = False
-    """Learnable scale per head before the output projection."""
+    head_scale: Literal["", "heads", "output"] = ""
+    """Learnable scale of each head before the output projection, or of as many pieces of its output."""
     mid_norm: bool = False
     """Norm of the feed-forward's hidden activations."""
+
+    @property
+    def pairs_inputs(self) -> bool:
+        """Whether attention reads a norm of the stream x, adds W_O W_V and an average over tokens of it to x as it is,
+        and the feed-forward reads a norm of that sum: what BHyT's second norm knows the variance of."""
+        untouched = not (self.attn.output or self.attn.residual or self.head_norms or self.head_scale)
+        return self.attn.input and self.mlp.input and untouched
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ PLACEMENTS: dict[str, Row] = {
     "hybrid_star": Row(_hybrid_star),
     "lns": Row(_lns),
     "deepnorm": Row(_deepnorm, final=False, matrix_gain=_deepnorm_gain),
-    "normformer": Row(lambda site: BlockPlan(_IN_OUT, _IN, head_scale=True, mid_norm=True)),
+    "normformer": Row(lambda site: BlockPlan(_IN_OUT, _IN, head_scale=site.norm.head_scale, mid_norm=True)),
 }
 
 

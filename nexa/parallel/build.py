@@ -108,7 +108,9 @@ def has_partial_gradient(name: str, parameter: nn.Parameter, cfg: Config) -> boo
     """
     if not shard_of(parameter).is_whole:
         return False
-    return cfg.parallel.sequence or ".self_attn." in name or ".mlp.mid_norm." in name
+    # every rank scales the whole output by `head_scale`, unless it is one of heads and then no rank has all of it
+    inside = (".self_attn." in name and not name.endswith(".head_scale")) or ".mlp.mid_norm." in name
+    return cfg.parallel.sequence or inside
 
 
 def _sum_partial_gradients(decoder: Decoder, cfg: Config, topology: Topology) -> None:

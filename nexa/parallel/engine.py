@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nexa.checkpoint.fragment import Fragment
 from nexa.config.schema import Config
 from nexa.hardware import keep_freed_memory
+from nexa.model.block import Block
 from nexa.model.decoder import Decoder
 from nexa.model.statistics import tensors_of
 from nexa.optim import build
@@ -113,7 +114,12 @@ class Engine:
             deepspeed.zero.Init(module=holder, data_parallel_group=group, config_dict_or_path=settings, mpu=topology)
             return parameter
 
-        return build_decoder(cfg, topology, initial=initial, keep=partition)
+        decoder = build_decoder(cfg, topology, initial=initial, keep=partition)
+        for block in decoder.model.layers:
+            assert isinstance(block, Block)
+            for parameter in block.borrowed():
+                deepspeed.zero.register_external_parameter(block, parameter)
+        return decoder
 
     def _check_layout(self) -> None:
         """The owned ranges of all data-parallel ranks must make up the whole model."""

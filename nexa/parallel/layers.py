@@ -61,7 +61,7 @@ class VocabularyHead(Head):
         hidden = self.enter(hidden)
         if labels is not None:
             return super().forward(hidden, labels)
-        shares = F.linear(hidden, self.weight)
+        shares = F.linear(hidden, self.matrix)
         every = [torch.empty_like(shares) for _ in range(self.group.size())]
         dist.all_gather(every, shares.contiguous(), group=self.group)
         return torch.cat(every, -1)[..., : self.words.size]

@@ -24,6 +24,7 @@ SPLIT_DIMENSION: Mapping[str, int] = {
     "q": 0,
     "k": 0,
     "v": 0,
+    "attn_gate": 0,
     "gate": 0,
     "up": 0,
     "o": 1,

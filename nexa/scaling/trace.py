@@ -27,6 +27,7 @@ from nexa.model.attention import AttentionContext
 from nexa.model.block import Block
 from nexa.model.decoder import WHOLE
 from nexa.model.kinds import NormBuilder
+from nexa.model.layers import Head, unit_rows
 from nexa.model.loss import linear_cross_entropy
 from nexa.model.placement import BlockPlan, block_plans, has_final_norm
 from nexa.model.precision import DTYPES
@@ -266,7 +267,14 @@ class Tracer:
     def _embedding(self, like: Tensor) -> Cost:
         with shapes_only():
             norm = NormBuilder.of(self.model, self.norm)("embedding") if self.norm.embedding else nn.Identity()
-        return trace(norm.to(like.dtype), lambda x: norm(x) if self.norm.embedding else x.clone(), like)
+
+        def call(x: Tensor) -> Tensor:
+            if self.model.fixnorm:
+                x = unit_rows(x) * x.shape[-1] ** 0.5
+            result: Tensor = norm(x) if self.norm.embedding or self.model.fixnorm else x.clone()
+            return result
+
+        return trace(norm.to(like.dtype), call, like)
 
     def _final(self, like: Tensor) -> Cost:
         if not has_final_norm(self.norm):
@@ -294,6 +302,7 @@ def _structure(plan: BlockPlan) -> Any:
 def _logits(model: ModelConfig, rows: Tensor, chunk: int) -> Cost:
     """The head with the loss, on hidden states [N, d]; it makes its weight's gradient in the forward pass."""
     with shapes_only():
-        head = nn.Linear(model.hidden_size, model.vocab_size, bias=False).to(rows.dtype)
+        head = Head(model.hidden_size, model.vocab_size, bias=False).to(rows.dtype)
+        head.fixnorm = model.fixnorm and model.tie_word_embeddings
         labels = torch.empty(len(rows), dtype=torch.int64)
-    return trace(head, lambda x: linear_cross_entropy(x, head.weight, labels, chunk), rows, [labels])
+    return trace(head, lambda x: linear_cross_entropy(x, head.matrix, labels, chunk), rows, [labels])

@@ -25,8 +25,10 @@ class Reference:
         self.s, self.h, self.g, self.L = state, heads, kv_heads, layers
         self.placement, self.kind, self.eps, self.theta, self.o = placement, kind, eps, theta, options
 
-    def norm(self, name, x):
+    def norm(self, name, x, mean_square=None):
         s, n, w = {k.removeprefix(name + "."): v for k, v in self.s.items()}, x.shape[-1], self.s[f"{name}.weight"]
+        if self.o.get("pre_affine"):
+            x = x * s["pre_weight"]
         match self.kind:
             case "rmsnorm":
                 return rms(x, w, self.eps)
@@ -52,6 +54,11 @@ class Reference:
             case "powernorm" | "unifiednorm":  # evaluation
                 u = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) if self.kind == "powernorm" else x
                 return w * u / torch.sqrt(s["running_square"] + self.eps) + s["bias"]
+            case "eln":
+                return w * x / torch.sqrt(x**2 + s["c"] ** 2 + self.eps) + s["bias"]
+            case "bhyt":
+                mean_square = (x * x).mean(-1, keepdim=True) if mean_square is None else mean_square
+                return w * torch.tanh(s["lambda"] * x / (10 * torch.sqrt(mean_square + self.eps)))
         raise AssertionError(self.kind)
 
     def rope(self, x):
@@ -86,9 +93,31 @@ class Reference:
         scores = (q @ k.transpose(-1, -2)) * scale
         scores = scores.masked_fill(~allowed, -math.inf)
         y = torch.softmax(scores, -1) @ v
-        if self.placement == "normformer":
+        gate = self.o.get("attention_gate", "none")
+        if gate != "none":
+            g = 1 / (1 + torch.exp(-(x @ self.s[p + "gate_proj.weight"].T)))
+            g = g.view(B, T, self.h, dh if gate == "elementwise" else 1)
+            y = y * g.transpose(1, 2)
+        scaled = self.o.get("head_scale", "heads") if self.placement == "normformer" else None
+        if scaled == "heads":
             y = y * self.s[p + "head_scale"].view(1, -1, 1, 1)
-        return y.transpose(1, 2).reshape(B, T, -1) @ self.s[p + "o_proj.weight"].T
+        y = y.transpose(1, 2).reshape(B, T, -1) @ self.s[p + "o_proj.weight"].T
+        if scaled == "output":
+            pieces = y.split(y.shape[-1] // self.h, -1)
+            y = torch.cat([piece * c for piece, c in zip(pieces, self.s[p + "head_scale"], strict=True)], -1)
+        return y
+
+    def mean_square_after_attention(self, i, x, scale):
+        """BHyT's: that of x, and of W_O W_V applied to an average of T vectors of mean square (scale lambda / 10)^2."""
+        p, T = f"model.layers.{i}.", self.o["tokens"]
+        v, o = self.s[p + "self_attn.v_proj.weight"], self.s[p + "self_attn.o_proj.weight"]
+        dh, d = v.shape[0] // self.g, v.shape[1]
+        product = torch.zeros(d, d, dtype=x.dtype)
+        for head in range(self.h):
+            kv = head // (self.h // self.g)
+            product = product + o[:, head * dh : (head + 1) * dh] @ v[kv * dh : (kv + 1) * dh]
+        c = torch.linalg.matrix_norm(product, "fro") ** 2 / (T * d)
+        return (x * x).mean(-1, keepdim=True) + (c * (scale * self.s[p + "input_layernorm.lambda"]) ** 2 / 100).detach()
 
     def mlp(self, i, x):
         p = f"model.layers.{i}.mlp."
@@ -132,6 +161,11 @@ class Reference:
             n_post = self.o.get("mix_post_layers")
             n_post = int(self.o.get("mix_alpha", 0.25) * self.L) if n_post is None else n_post
             place = "post" if i < n_post else "pre"
+        if self.kind == "bhyt":
+            s = 1 / math.sqrt(i + 1) if place == "lns" else 1.0
+            second = self.mean_square_after_attention(i, x, s)
+            x = x + a(s * self.norm(pre1, x))
+            return x + m(s * self.norm(pre2, x, second))
         if place == "pre":
             x = x + a(self.norm(pre1, x))
             return x + m(self.norm(pre2, x))
@@ -168,8 +202,11 @@ class Reference:
         allowed = torch.tril(torch.ones(T, T, dtype=torch.bool)).expand(B, 1, T, T)
         if documents is not None:
             allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
-        x = self.s["model.embed_tokens.weight"][ids]
-        if self.kind == "dyt":
+        table = self.s["model.embed_tokens.weight"]
+        if self.o.get("fixnorm"):
+            table = table / torch.sqrt((table * table).sum(-1, keepdim=True))
+        x = table[ids] * (math.sqrt(table.shape[-1]) if self.o.get("fixnorm") else 1.0)
+        if self.kind in {"dyt", "eln"}:
             x = x * self.s["model.embed_scale"]
         if self.o.get("embedding"):
             x = self.norm("model.embed_norm", x)
@@ -177,5 +214,5 @@ class Reference:
             x = self.block(i, x, allowed)
         if self.o.get("final", self.placement != "deepnorm"):
             x = self.norm("model.norm", x)
-        head = self.s.get("lm_head.weight", self.s["model.embed_tokens.weight"])
+        head = self.s.get("lm_head.weight", table)
         return x @ head.T

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nexa.config.norm_checks import BHYT_PLACEMENTS
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.decoder import Decoder
 from nexa.model.kinds import KINDS
@@ -56,8 +57,12 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
             "depth_scaling",
             "branch_scale",
             "branch_scale_value",
+            "pre_affine",
+            "head_scale",
         )
     }
+    options |= {k: model[k] for k in ("attention_gate", "fixnorm") if k in model}
+    options["tokens"] = norm.bhyt_tokens or 1024
     if norm.final is not None:
         options["final"] = norm.final
     reference = Reference(
@@ -84,8 +89,10 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("placement", sorted(PLACEMENTS))
+PAIRS = [(p, k) for p in sorted(PLACEMENTS) for k in KINDS if k != "bhyt" or p in BHYT_PLACEMENTS]
+
+
+@pytest.mark.parametrize(("placement", "kind"), PAIRS)
 def test_logits_and_gradients_equal_the_reference(placement: str, kind: str) -> None:
     compare(NormConfig(placement=placement, kind=kind))  # type: ignore[arg-type]
 
@@ -131,7 +138,8 @@ def test_tied_head(placement: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_with_a_tied_head_and_an_embedding_norm(kind: str) -> None:
-    compare(NormConfig(placement="peri", kind=kind, embedding=True, qk="rms"), tie_word_embeddings=True)  # type: ignore[arg-type]
+    placement = "lns" if kind == "bhyt" else "peri"
+    compare(NormConfig(placement=placement, kind=kind, embedding=True, qk="rms"), tie_word_embeddings=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -149,11 +157,41 @@ def test_kinds_with_a_tied_head_and_an_embedding_norm(kind: str) -> None:
         NormConfig(placement="reordered", qk="rms_full"),
         NormConfig(kind="gatednorm", gate_rank=3),
         NormConfig(placement="normformer", kind="seednorm", residual_gain=True, eps=1e-2),
+        NormConfig(placement="normformer", head_scale="output", qk="rms"),
+        NormConfig(placement="normformer", kind="layernorm", head_scale="output", residual_gain=True),
+        NormConfig(kind="bhyt", bhyt_tokens=3, eps=1e-2),
+        NormConfig(kind="eln", placement="mix", eps=0.3),
     ],
     ids=str,
 )
 def test_options(norm: NormConfig) -> None:
     compare(norm)
+
+
+WITH_STATISTICS = [kind for kind in KINDS if kind not in {"bhyt", "dyt", "eln", "powernorm", "unifiednorm"}]
+
+
+@pytest.mark.parametrize("kind", WITH_STATISTICS)
+def test_a_weight_before_the_statistics(kind: str) -> None:
+    compare(NormConfig(placement="normformer", kind=kind, pre_affine=True, embedding=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("placement", ["pre", "hybrid", "normformer", "reordered"])
+@pytest.mark.parametrize("gate", ["elementwise", "headwise"])
+def test_gated_attention(gate: str, placement: str) -> None:
+    compare(NormConfig(placement=placement, qk="none"), attention_gate=gate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["rmsnorm", "scalenorm", "bhyt"])
+def test_fixnorm(kind: str, tied: bool) -> None:
+    compare(NormConfig(kind=kind, embedding=kind == "rmsnorm"), fixnorm=True, tie_word_embeddings=tied)  # type: ignore[arg-type]
+
+
+def test_bhyt_needs_the_norms_of_a_block_in_pairs() -> None:
+    """What the configuration check refuses is what the block cannot pair."""
+    paired = {p for p in PLACEMENTS if all(plan.pairs_inputs for plan in block_plans(NormConfig(placement=p), LAYERS))}  # type: ignore[arg-type]
+    assert paired == set(BHYT_PLACEMENTS)
 
 
 def test_documents_do_not_see_each_other() -> None:

@@ -49,11 +49,6 @@ OTHER_SIZES = {name for name in EXPERIMENTS if any(name.endswith(f"_{size}") for
 """Experiments that shrunk to one size are the 71m ones again."""
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_composes_and_validates(name: str) -> None:
-    assert check(compose([f"+exp={name}"]), world_size=None) == []
-
-
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHER_SIZES)) for n in EXPERIMENTS])
 def test_two_steps(name: str, topology: Topology, embedded_cache: Path, tmp_path: Path) -> None:
     cfg = compose([f"+exp={name}", *SHRINK, f"data.cache_dir={embedded_cache}", f"run.dir={tmp_path}"])
