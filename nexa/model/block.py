@@ -34,14 +34,16 @@ class Block(nn.Module):
         if norm.residual_gain:
             self.mlp.residual_gain = nn.Parameter(torch.ones(model.hidden_size))
         self.mlp_norm = _site_norms("feed_forward", plan.mlp, make)
+        self.attn_scale = _learned_scale(plan.attn, model.hidden_size)
+        self.mlp_scale = _learned_scale(plan.mlp, model.hidden_size)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Residual stream [B, T, d], or a share of its tokens [tokens, d], to the same."""
         first, second = self._variances(x) if self.paired else (None, None)
         y = self.self_attn(_enter(x, self.plan.attn, self.input_layernorm, first), context)
-        x = _leave(x, y, self.plan.attn, self.attn_norm, None)
+        x = _leave(x, y, self.plan.attn, self.attn_norm, self.attn_scale, None)
         y = self.mlp(_enter(x, self.plan.mlp, self.post_attention_layernorm, second))
-        return _leave(x, y, self.plan.mlp, self.mlp_norm, getattr(self.mlp, "residual_gain", None))
+        return _leave(x, y, self.plan.mlp, self.mlp_norm, self.mlp_scale, getattr(self.mlp, "residual_gain", None))
 
     def _variances(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squares [..., 1] that the norms before attention and feed-forward take for those of what they read."""
@@ -68,16 +70,27 @@ def _site_norms(part: Part, plan: SublayerPlan, make: NormBuilder) -> nn.ModuleD
     return norms
 
 
+def _learned_scale(plan: SublayerPlan, width: int) -> nn.Parameter | None:
+    sizes = {"scalar": 1, "vector": width}
+    if not plan.learned_scale:
+        return None
+    return nn.Parameter(torch.full((sizes[plan.learned_scale],), plan.branch_scale))
+
+
 def _enter(x: Tensor, plan: SublayerPlan, norm: nn.Module | None, variance: Tensor | None) -> Tensor:
     """What the sublayer reads; `variance` for the norm, unless it takes its own."""
     y = x if norm is None else norm(x) if variance is None else norm(x, variance)
     return y if plan.input_scale == 1.0 else y * plan.input_scale
 
 
-def _leave(x: Tensor, y: Tensor, plan: SublayerPlan, norms: nn.ModuleDict, gain: Tensor | None) -> Tensor:
+def _leave(
+    x: Tensor, y: Tensor, plan: SublayerPlan, norms: nn.ModuleDict, scale: Tensor | None, gain: Tensor | None
+) -> Tensor:
     """Join the sublayer's result `y` to the residual stream `x`."""
     if plan.output:
         y = norms["output"](y)
+    if scale is not None or plan.branch_scale != 1.0:
+        y = y * (plan.branch_scale if scale is None else scale)
     skip = x if plan.skip_scale == 1.0 else x * plan.skip_scale
     joined = (skip if gain is None else skip * gain) + y
     return norms["residual"](joined) if plan.residual else joined

@@ -54,7 +54,7 @@ class Cost:
     """The input, which is as large as the output."""
 
     def times(self, factor: int) -> Cost:
-        """That of `factor` as many sequences: there is nothing in it that sequences share."""
+        """That of `factor` as many sequences: they share nothing but a few vectors of norms with statistics."""
         return Cost(*(factor * size for size in dataclasses.astuple(self)))
 
 
@@ -165,7 +165,7 @@ def trace(
     """
     leaf = torch.empty_like(like).requires_grad_()
     hooks = [p.register_post_accumulate_grad_hook(_drop) for p in part.parameters()]
-    ledger = _Ledger([leaf, *part.parameters(), *given])
+    ledger = _Ledger([leaf, *part.parameters(), *part.buffers(), *given])
     for name, module in part.named_modules():
         if name in {"self_attn", "mlp"}:
             hooks.append(module.register_forward_pre_hook(lambda *_: setattr(ledger, "in_sublayer", True)))
@@ -286,7 +286,16 @@ class Tracer:
 
 def _structure(plan: BlockPlan) -> Any:
     """What of a block's plan decides which tensors there are: the numbers in it do not."""
-    sides = [(s.input, s.output, s.residual, s.input_scale == 1.0, s.skip_scale == 1.0) for s in (plan.attn, plan.mlp)]
+    sides = [
+        (
+            s.input,
+            s.output,
+            s.residual,
+            s.learned_scale,
+            *(f == 1.0 for f in (s.input_scale, s.skip_scale, s.branch_scale)),
+        )
+        for s in (plan.attn, plan.mlp)
+    ]
     return *sides, plan.head_norms, plan.head_scale, plan.mid_norm
 
 

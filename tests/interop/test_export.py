@@ -67,6 +67,8 @@ def test_opens_without_nexa(tmp_path):
         exported(tmp_path, "dyt", {"placement": "normformer", "kind": "dyt", "residual_gain": True}),
         exported(tmp_path, "gated", {"placement": "deepnorm", "kind": "gatednorm"}, shard_bytes=30_000),
         exported(tmp_path, "cosine", {"qk": "cosine"}),
+        exported(tmp_path, "scales", {"placement": "peri", "depth_scaling": True, "branch_scale": "layer_scale"}),
+        exported(tmp_path, "fixed", {"branch_scale": "fixed"}),
     ]
     assert {path.name for path in plain[0][0].path.iterdir()} == PLAIN
     assert {path.name for path in trust[0][0].path.iterdir()} == PLAIN | set(MODULES)
@@ -75,7 +77,7 @@ def test_opens_without_nexa(tmp_path):
         assert file.metadata() == {"format": "pt"}
     ways = [f"plain={done.path}" for done, _ in plain] + [f"trust={done.path}" for done, _ in trust]
     lines = python(WITHOUT_NEXA + OPEN, *ways, home=tmp_path).splitlines()
-    assert lines == ["LlamaForCausalLM transformers Hi"] * 3 + ["NexaForCausalLM transformers_modules Hi"] * 5
+    assert lines == ["LlamaForCausalLM transformers Hi"] * 3 + ["NexaForCausalLM transformers_modules Hi"] * 7
     for done, expected in plain + trust:
         check(done, expected)
 

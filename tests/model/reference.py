@@ -56,6 +56,9 @@ class Reference:
             case "bhyt":
                 mean_square = (x * x).mean(-1, keepdim=True) if mean_square is None else mean_square
                 return w * torch.tanh(s["lambda"] * x / (10 * torch.sqrt(mean_square + self.eps)))
+            case "powernorm" | "unifiednorm":  # evaluation
+                u = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) if self.kind == "powernorm" else x
+                return w * u / torch.sqrt(s["running_square"] + self.eps) + s["bias"]
         raise AssertionError(self.kind)
 
     def rope(self, x):
@@ -130,12 +133,29 @@ class Reference:
         out1, out2 = p + "attn_norm.output", p + "mlp_norm.output"
         res1, res2 = p + "attn_norm.residual", p + "mlp_norm.residual"
 
+        depth = 1 / math.sqrt(i + 1) if self.o.get("depth_scaling") else 1.0
+        branch, value = self.o.get("branch_scale", "none"), self.o.get("branch_scale_value")
+
+        def scaled(name, y):
+            """What a sublayer gives, after its output norm if it has one."""
+            if branch == "none":
+                return y
+            return y * ((value or (2 * self.L) ** -0.5) if branch == "fixed" else self.s[f"{p}{name}_scale"])
+
         def a(y):
             return self.attention(i, y, allowed)
 
         def m(y):
             return self.mlp(i, y)
 
+        if branch != "none" or depth != 1.0:
+            # the options, written out for the two placements they are tested with
+            if self.placement == "post":
+                x = self.norm(res1, x + scaled("attn", a(x)))
+                return self.norm(res2, x + scaled("mlp", m(x)))
+            assert self.placement == "peri"
+            x = x + scaled("attn", self.norm(out1, a(depth * self.norm(pre1, x))))
+            return x + scaled("mlp", self.norm(out2, m(depth * self.norm(pre2, x))))
         place = self.placement
         if place == "mix":
             n_post = self.o.get("mix_post_layers")

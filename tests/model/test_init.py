@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.stats
 import torch
 
 from nexa.config.schema import ModelConfig, NormConfig
@@ -14,7 +15,9 @@ from nexa.model.init import RULES, initialise, layer_index, role_of
 D, F, L, V = 128, 192, 3, 512
 
 
-def build(rule: str = "normal", placement: str = "pre", layers: int = L, seed: int = 0) -> dict[str, torch.Tensor]:
+def build(
+    rule: str = "normal", placement: str = "pre", layers: int = L, seed: int = 0, shape: float = 2.0
+) -> dict[str, torch.Tensor]:
     model = ModelConfig(
         vocab_size=V,
         hidden_size=D,
@@ -22,6 +25,7 @@ def build(rule: str = "normal", placement: str = "pre", layers: int = L, seed: i
         num_hidden_layers=layers,
         num_attention_heads=4,
         initializer=rule,
+        initializer_shape=shape,
     )
     norm = NormConfig(placement=placement)  # type: ignore[arg-type]
     decoder = Decoder(model, norm)
@@ -32,6 +36,13 @@ def build(rule: str = "normal", placement: str = "pre", layers: int = L, seed: i
 # standard deviation of: embedding, head, q, o of block 2, up of block 2, down of block 2
 FORMULAS = {
     "normal": (0.02,) * 6,
+    "truncated": (0.02,) * 6,
+    "scaled_depth": (0.02, 0.02, 0.02, 0.02 / math.sqrt(6), 0.02, 0.02 / math.sqrt(6)),
+    "llama": (1.0, D**-0.5, 0.02, *(0.02 / math.sqrt(2 * L),) * 3),
+    "fan_in": (1.0, *(D**-0.5,) * 4, F**-0.5),
+    "mitchell": (*(D**-0.5,) * 3, (6 * D) ** -0.5, D**-0.5, (6 * F) ** -0.5),
+    "tinyllama": (*(math.sqrt(0.4 / D),) * 3, D**-0.5 / L, math.sqrt(0.4 / D), F**-0.5 / L),
+    "transformers_without_tears": (*(math.sqrt(0.4 / D),) * 4, *(math.sqrt(2 / (D + F)),) * 2),
     "scaled": (0.02, 0.02, 0.02, 0.02 / math.sqrt(2 * L), 0.02, 0.02 / math.sqrt(2 * L)),
     "llama_depth": (1.0, D**-0.5, 0.02, 0.02 / math.sqrt(6), 0.02 / math.sqrt(6), 0.02 / math.sqrt(6)),
     "small_init": (*(math.sqrt(0.4 / D),) * 3, 2 / (L * math.sqrt(D)), math.sqrt(0.4 / D), 2 / (L * math.sqrt(D))),
@@ -42,7 +53,8 @@ FORMULAS = {
     ),
     "xavier": (0.02, 0.02, math.sqrt(1 / D), math.sqrt(1 / D), math.sqrt(2 / (D + F)), math.sqrt(2 / (D + F))),
 }  # fmt: skip
-TRUNCATED = {"llama_depth", "full_megatron"}
+TRUNCATED = {"truncated", "llama", "llama_depth", "fan_in", "mitchell", "full_megatron"}
+UNIT_EMBEDDING = {"llama", "llama_depth", "fan_in"}
 NAMES = (
     "model.embed_tokens.weight",
     "lm_head.weight",
@@ -63,11 +75,34 @@ def test_moments(rule: str) -> None:
     # a normal distribution cut at 3 sigma has 0.9866 of its standard deviation
     cut = 0.98658 if rule in TRUNCATED else 1.0
     for name, std in zip(NAMES, FORMULAS[rule], strict=True):
-        expected = std * (1.0 if rule == "llama_depth" and "embed" in name else cut)
+        expected = std * (1.0 if rule in UNIT_EMBEDDING and "embed" in name else cut)
         assert state[name].std().item() == pytest.approx(expected, rel=0.02), name
         assert abs(state[name].mean().item()) < 5 * expected / math.sqrt(state[name].numel())
-        if rule in TRUNCATED and "embed" not in name:
+        if rule in TRUNCATED and not (rule in UNIT_EMBEDDING and "embed" in name):
             assert state[name].abs().max() <= 3 * std * 1.0001
+
+
+@pytest.mark.parametrize("shape", [0.7, 1.0, 4.0])
+def test_generalised_gaussian_has_the_rule_s_deviation_and_its_own_tails(shape: float) -> None:
+    state = build(shape=shape)
+    values = torch.cat([state[name].flatten() for name in NAMES]).double() / 0.02
+    gamma = math.gamma
+    fourth = gamma(5 / shape) * gamma(1 / shape) / gamma(3 / shape) ** 2
+    sixth = gamma(7 / shape) * gamma(1 / shape) ** 2 / gamma(3 / shape) ** 3
+    count = values.numel()
+    for moment, expected, noise in ((2, 1.0, math.sqrt(fourth - 1)), (4, fourth, math.sqrt(sixth * 4 * fourth))):
+        assert abs(values.pow(moment).mean().item() - expected) < 5 * noise / math.sqrt(count) + 0.02 * expected
+    assert abs(values.mean().item()) < 5 / math.sqrt(count)
+    # P(|x| < median) is 1/2 where the regularised incomplete gamma function says
+    median = float(scipy.stats.gennorm(shape, scale=math.sqrt(gamma(1 / shape) / gamma(3 / shape))).ppf(0.75))
+    assert (values.abs() < median).double().mean().item() == pytest.approx(0.5, abs=0.005)
+
+
+def test_generalised_gaussian_obeys_the_cut_and_the_seed() -> None:
+    cut = build("truncated", shape=1.0)
+    assert 0.95 * 0.06 < cut[NAMES[0]].abs().max() <= 0.06
+    assert torch.equal(cut[NAMES[0]], build("truncated", shape=1.0)[NAMES[0]])
+    assert not torch.equal(cut[NAMES[0]], build("truncated", shape=1.0, seed=1)[NAMES[0]])
 
 
 def test_deepnorm_gain_is_beta_on_value_output_and_feed_forward() -> None:

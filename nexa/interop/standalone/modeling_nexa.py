@@ -5,7 +5,7 @@ the folder with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=
 
 A sublayer f (attention or feed-forward) maps the residual stream x to
 
-    y = M_residual( skip_scale * x + M_output( f( input_scale * M_input(x) ) ) )
+    y = M_residual( skip_scale * x + branch_scale * M_output( f( input_scale * M_input(x) ) ) )
 
 where each M is a norm or absent. Statistics of norms are taken in fp32 (fp64 for fp64 input).
 """
@@ -21,175 +21,9 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nexa import NexaConfig
+from .norms_nexa import KINDS, BHyT, RMSNorm, wide_of
 
 Plan = dict[str, Any]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class FeatureNorm(nn.Module):
-    """A norm with statistics over features; `nexa_norm.pre_affine` puts a weight on what it reads."""
-
-    pre_weight: nn.Parameter | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_parameter("pre_weight", None)
-
-    def entered(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        return x if self.pre_weight is None else x * self.pre_weight
-
-
-class RMSNorm(FeatureNorm):
-    """weight * x / sqrt(mean(x^2) + eps)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def mean_square(self, wide: Tensor) -> Tensor:
-        """[..., n] -> [..., 1]."""
-        return wide.square().mean(-1, keepdim=True)
-
-    def unit(self, x: Tensor) -> Tensor:
-        """Before the weight."""
-        wide = _wide(x)
-        return (wide * torch.rsqrt(self.mean_square(wide) + self.eps)).to(x.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        return self.unit(self.entered(x)) * self.weight
-
-
-class CRMSNorm(RMSNorm):
-    """RMSNorm of n + 1 coordinates with sum zero, of which the last is not kept (arXiv 2305.14858)."""
-
-    def mean_square(self, wide: Tensor) -> Tensor:
-        """[..., n] -> [..., 1], over n + 1 coordinates."""
-        total = wide.square().sum(-1, keepdim=True) + wide.sum(-1, keepdim=True).square()
-        return total / (wide.shape[-1] + 1)
-
-
-class LayerNorm(FeatureNorm):
-    """weight * (x - mean x) / sqrt(var x + eps) + bias."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        wide = _wide(self.entered(x))
-        centred = wide - wide.mean(-1, keepdim=True)
-        unit = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        return unit.to(x.dtype) * self.weight + self.bias
-
-
-class ScaleNorm(FeatureNorm):
-    """weight * x / max(|x|, 1e-5), one weight (arXiv 1910.05895)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        wide = _wide(self.entered(x))
-        length = wide.square().sum(-1, keepdim=True).clamp_min(1e-10)
-        return (wide * torch.rsqrt(length)).to(x.dtype) * self.weight
-
-
-class DyT(nn.Module):
-    """weight * tanh(alpha x) (arXiv 2503.10622)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight, self.alpha = nn.Parameter(torch.ones(size)), nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        return torch.tanh(self.alpha * x) * self.weight
-
-
-class SeeDNorm(RMSNorm):
-    """(tanh(x . beta) alpha + weight) * x / sqrt(mean(x^2) + eps) (arXiv 2510.22777)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__(size, eps)
-        self.alpha, self.beta = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        x = self.entered(x)
-        wide = _wide(x)
-        dynamic = torch.tanh(wide @ self.beta.to(wide.dtype)).unsqueeze(-1).to(x.dtype)
-        return self.unit(x) * (dynamic * self.alpha + self.weight)
-
-
-class GatedNorm(RMSNorm):
-    """2 y * sigmoid(up silu(down y)) with y = RMSNorm(x) (arXiv 2601.22966)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__(size, eps)
-        self.gate_down = nn.Linear(size, rank, bias=False)
-        self.gate_up = nn.Linear(rank, size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        y = super().forward(x)
-        return 2 * y * torch.sigmoid(self.gate_up(F.silu(self.gate_down(y))))
-
-
-class ELN(nn.Module):
-    """weight * x / sqrt(x^2 + c^2 + eps) + bias, element by element (arXiv 2503.21708)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
-        self.c, self.eps = nn.Parameter(torch.ones(1)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        wide, c = _wide(x), _wide(self.c)
-        return (wide * torch.rsqrt(wide.square() + (c.square() + self.eps))).to(x.dtype) * self.weight + self.bias
-
-
-class BHyT(nn.Module):
-    """weight * tanh(lambda x / (10 sqrt(variance + eps))), variance: of x or as given (arXiv 2601.09719)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-        self.register_parameter("lambda", nn.Parameter(torch.ones(1)))
-
-    def bound(self) -> Tensor:
-        """lambda / kappa."""
-        return _wide(getattr(self, "lambda")) / 10.0
-
-    def forward(self, x: Tensor, variance: Tensor | None = None) -> Tensor:
-        """[..., n] -> [..., n]; variance [..., 1]."""
-        wide = _wide(x)
-        variance = wide.square().mean(-1, keepdim=True) if variance is None else variance
-        return torch.tanh(wide * (self.bound() * torch.rsqrt(variance + self.eps))).to(x.dtype) * self.weight
-
-
-KINDS: dict[str, Any] = {
-    "rmsnorm": RMSNorm,
-    "layernorm": LayerNorm,
-    "crmsnorm": CRMSNorm,
-    "scalenorm": ScaleNorm,
-    "dyt": DyT,
-    "seednorm": SeeDNorm,
-    "gatednorm": GatedNorm,
-    "eln": ELN,
-    "bhyt": BHyT,
-}
-"""Values of `nexa_norm.kind`."""
 
 
 def _eps(config: NexaConfig) -> float:
@@ -210,7 +44,7 @@ def _norm(config: NexaConfig, size: int | None = None) -> nn.Module:
 
 def _unit_rows(x: Tensor) -> Tensor:
     """Every row with length one (FixNorm)."""
-    wide = _wide(x)
+    wide = wide_of(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True).clamp_min(1e-24))).to(x.dtype)
 
 
@@ -288,7 +122,7 @@ class Attention(nn.Module):
         state = None if self.training else [(w.data_ptr(), w._version, w.dtype, w.device) for w in (v, o)]
         if self.known is None or state is None or self.known[0] != state:
             outputs = o.unflatten(-1, (self.kv_heads, -1, self.head_dim)).sum(2)
-            self.known = state, _wide(outputs.flatten(1) @ v).square().sum()
+            self.known = state, wide_of(outputs.flatten(1) @ v).square().sum()
         return self.known[1]
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
@@ -330,24 +164,32 @@ class Block(nn.Module):
         self.post_attention_layernorm = _norm(config) if self.mlp_plan.get("input") else None
         self.mlp = FeedForward(config, plan)
         self.mlp_norm = self._after(config, self.mlp_plan)
+        self.attn_scale = self._scale(config, self.attn_plan)
+        self.mlp_scale = self._scale(config, self.mlp_plan)
 
     @staticmethod
     def _after(config: NexaConfig, plan: Plan) -> nn.ModuleDict:
         return nn.ModuleDict({site: _norm(config) for site in ("output", "residual") if plan.get(site)})
 
+    @staticmethod
+    def _scale(config: NexaConfig, plan: Plan) -> nn.Parameter | None:
+        """The learned factor on what a sublayer adds."""
+        size = {"": 0, "scalar": 1, "vector": config.hidden_size}[plan.get("learned_scale", "")]
+        return nn.Parameter(torch.ones(size)) if size else None
+
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: Any) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
         first, second = self._variances(x) if self.paired else (None, None)
         y = self.self_attn(_enter(x, self.attn_plan, self.input_layernorm, first), rope, mask, past)
-        x = _leave(x, y, self.attn_plan, self.attn_norm, None)
+        x = _leave(x, y, self.attn_plan, self.attn_norm, self.attn_scale, None)
         y = self.mlp(_enter(x, self.mlp_plan, self.post_attention_layernorm, second))
-        return _leave(x, y, self.mlp_plan, self.mlp_norm, self.mlp.residual_gain)
+        return _leave(x, y, self.mlp_plan, self.mlp_norm, self.mlp_scale, self.mlp.residual_gain)
 
     def _variances(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the two BHyT norms take for the mean squares of what they read, [B, T, 1]; the second approximates."""
         assert isinstance(self.input_layernorm, BHyT)
         bound = self.input_layernorm.bound().detach() * self.attn_plan.get("input_scale", 1.0)
-        first = _wide(x).square().mean(-1, keepdim=True)
+        first = wide_of(x).square().mean(-1, keepdim=True)
         return first, first + self.self_attn.value_gain() / self.area * bound.square()
 
 
@@ -356,8 +198,10 @@ def _enter(x: Tensor, plan: Plan, norm: nn.Module | None, variance: Tensor | Non
     return y * plan["input_scale"] if "input_scale" in plan else y
 
 
-def _leave(x: Tensor, y: Tensor, plan: Plan, norms: nn.ModuleDict, gain: Tensor | None) -> Tensor:
+def _leave(x: Tensor, y: Tensor, plan: Plan, norms: nn.ModuleDict, scale: Tensor | None, gain: Tensor | None) -> Tensor:
     y = norms["output"](y) if "output" in norms else y
+    factor = plan.get("branch_scale") if scale is None else scale
+    y = y if factor is None else y * factor
     skip = x * plan["skip_scale"] if "skip_scale" in plan else x
     joined = (skip if gain is None else skip * gain) + y
     return norms["residual"](joined) if "residual" in norms else joined
@@ -386,7 +230,7 @@ class Stack(nn.Module):
         x = x if self.embed_norm is None else self.embed_norm(x)
         # padding moves positions by a constant, and rotary attention knows distances only
         positions = torch.arange(seen, seen + length, device=input_ids.device)
-        rope = _rope(positions, self.head_dim, self.rope_theta, _wide(x[:0]).dtype)
+        rope = _rope(positions, self.head_dim, self.rope_theta, wide_of(x[:0]).dtype)
         mask = _mask(attention_mask, positions)
         for block in self.layers:
             x = block(x, rope, mask, past)
