@@ -8,15 +8,17 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from nexa.config import norm_checks
 from nexa.config.fields import shorten
 from nexa.config.limits import outside, value_of
-from nexa.config.rules import CHECKS, multiples, reads, settings
+from nexa.config.norm_checks import NORM_CHECKS
+from nexa.config.rules import Check, multiples, reads
 from nexa.config.schema import Config
 
-assert norm_checks.__name__, "importing it registers its rules"
+CHECKS: list[Check] = []
+_reads = partial(reads, CHECKS)
 
 
 def check(cfg: Config, world_size: int | None = None) -> list[str]:
@@ -44,10 +46,15 @@ def problems(cfg: Config, world_size: int | None, bad: set[str]) -> list[str]:
     return found
 
 
+def _set(cfg: Config, *names: str) -> str:
+    """`a=1, b=2` for messages."""
+    return ", ".join(f"{name}={shorten(value_of(cfg, name))}" for name in names)
+
+
 # Length of the run ------------------------------------------------------------------------------
 
 
-@reads("train.steps", "train.tokens")
+@_reads("train.steps", "train.tokens")
 def _one_length(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.train.steps is None and cfg.train.tokens is None:
         yield (
@@ -55,9 +62,8 @@ def _one_length(cfg: Config, world_size: int | None) -> Iterator[str]:
             "such as +exp=quickstart"
         )
     if cfg.train.steps is not None and cfg.train.tokens is not None:
-        shown = settings(cfg, "train.steps", "train.tokens")
         yield (
-            f"{shown}: both say how long to train; set train.steps=null to count "
+            f"{_set(cfg, 'train.steps', 'train.tokens')}: both say how long to train; set train.steps=null to count "
             "tokens, or train.tokens=null to count steps"
         )
 
@@ -70,14 +76,14 @@ def _steps(cfg: Config) -> int | None:
 _LENGTH = ("train.steps", "train.tokens", "train.global_batch_size", "data.sequence_length")
 
 
-@reads("train.stop_at", *_LENGTH)
+@_reads("train.stop_at", *_LENGTH)
 def _stop_inside(cfg: Config, world_size: int | None) -> Iterator[str]:
     steps = _steps(cfg)
     if steps is not None and cfg.train.stop_at is not None and cfg.train.stop_at > steps:
         yield f"train.stop_at={cfg.train.stop_at}: after the last of {steps} steps; at most {steps}, or null"
 
 
-@reads("schedule.name", "schedule.warmup_steps", "schedule.decay_fraction", "schedule.cooldown_fraction", *_LENGTH)
+@_reads("schedule.name", "schedule.warmup_steps", "schedule.decay_fraction", "schedule.cooldown_fraction", *_LENGTH)
 def _schedule_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
     steps, schedule = _steps(cfg), cfg.schedule
     if steps is None:
@@ -98,7 +104,7 @@ def _schedule_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@reads("schedule.name", "schedule.decay_shape", "schedule.min_lr_ratio", "schedule.constant_lr_ratio")
+@_reads("schedule.name", "schedule.decay_shape", "schedule.min_lr_ratio", "schedule.constant_lr_ratio")
 def _schedule_floor(cfg: Config, world_size: int | None) -> Iterator[str]:
     schedule = cfg.schedule
     exponential = schedule.name == "infinite" or (schedule.name == "wsd" and schedule.decay_shape == "exponential")
@@ -107,15 +113,15 @@ def _schedule_floor(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"schedule.min_lr_ratio=0.0: an exponential decay never reaches 0; set schedule.min_lr_ratio=0.01{other}"
     if schedule.name == "infinite" and schedule.constant_lr_ratio < schedule.min_lr_ratio:
         yield (
-            f"{settings(cfg, 'schedule.constant_lr_ratio', 'schedule.min_lr_ratio')}: the constant rate is below the "
-            f"final one; set schedule.min_lr_ratio={schedule.constant_lr_ratio} or less"
+            f"{_set(cfg, 'schedule.constant_lr_ratio', 'schedule.min_lr_ratio')}: the constant rate is below the final "
+            f"one; set schedule.min_lr_ratio={schedule.constant_lr_ratio} or less"
         )
 
 
 # Shape of the model -----------------------------------------------------------------------------
 
 
-@reads("model.hidden_size", "model.num_attention_heads", "model.head_dim")
+@_reads("model.hidden_size", "model.num_attention_heads", "model.head_dim")
 def _head_size(cfg: Config, world_size: int | None) -> Iterator[str]:
     model = cfg.model
     if model.head_dim is not None:
@@ -123,7 +129,7 @@ def _head_size(cfg: Config, world_size: int | None) -> Iterator[str]:
             yield f"model.head_dim={model.head_dim}: rotary embedding pairs coordinates; must be even"
         return
     size, heads = model.hidden_size, model.num_attention_heads
-    shown = settings(cfg, "model.hidden_size", "model.num_attention_heads")
+    shown = _set(cfg, "model.hidden_size", "model.num_attention_heads")
     if size % heads:
         fitting = multiples(size, heads)
         yield f"{shown}: heads must divide the width; set model.hidden_size={fitting}, or model.head_dim"
@@ -131,7 +137,7 @@ def _head_size(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"{shown}: the head size {size // heads} must be even for rotary embedding; change one of them"
 
 
-@reads("model.num_attention_heads", "model.num_key_value_heads")
+@_reads("model.num_attention_heads", "model.num_key_value_heads")
 def _kv_heads(cfg: Config, world_size: int | None) -> Iterator[str]:
     heads, groups = cfg.model.num_attention_heads, cfg.model.num_key_value_heads
     if groups is not None and heads % groups:
@@ -139,7 +145,7 @@ def _kv_heads(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"model.num_key_value_heads={groups}: must divide model.num_attention_heads={heads}: one of {fitting}"
 
 
-@reads("data.sequence_length", "model.max_position_embeddings")
+@_reads("data.sequence_length", "model.max_position_embeddings")
 def _positions(cfg: Config, world_size: int | None) -> Iterator[str]:
     length, positions = cfg.data.sequence_length, cfg.model.max_position_embeddings
     if length > positions:
@@ -149,7 +155,7 @@ def _positions(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@reads("model.attention", "train.device", "train.precision")
+@_reads("model.attention", "train.device", "train.precision")
 def _flash(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.model.attention == "flash" and cfg.train.device == "cpu":
         yield "model.attention=flash: flash-attn needs a GPU, train.device=cpu; set model.attention=sdpa"
@@ -160,10 +166,15 @@ def _flash(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
+# Norms: a file of their own ---------------------------------------------------------------------
+
+CHECKS += NORM_CHECKS
+
+
 # Batches and ranks ------------------------------------------------------------------------------
 
 
-@reads("train.global_batch_size", "train.micro_batch_size", "parallel.tensor")
+@_reads("train.global_batch_size", "train.micro_batch_size", "parallel.tensor")
 def _batch_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
     tensor, batch, micro = cfg.parallel.tensor, cfg.train.global_batch_size, cfg.train.micro_batch_size
     ranks = 1
@@ -182,7 +193,7 @@ def _batch_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@reads("parallel.tensor")
+@_reads("parallel.tensor")
 def _world_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
     tensor = cfg.parallel.tensor
     if world_size is not None and world_size % tensor:
@@ -190,7 +201,7 @@ def _world_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"parallel.tensor={tensor}: must divide the number of processes, {world_size}: one of {fitting}"
 
 
-@reads("parallel.tensor", "parallel.backend", "model.num_attention_heads", "model.intermediate_size")
+@_reads("parallel.tensor", "parallel.backend", "model.num_attention_heads", "model.intermediate_size")
 def _tensor_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
     """Key-value heads and the vocabulary need not divide: the first are repeated, the second is padded. The
     feed-forward is shared out unevenly, which megatron-core cannot."""
@@ -205,7 +216,7 @@ def _tensor_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
             )
 
 
-@reads("parallel.sequence", "parallel.tensor", "train.micro_batch_size", "data.sequence_length")
+@_reads("parallel.sequence", "parallel.tensor", "train.micro_batch_size", "data.sequence_length")
 def _sequence_shares(cfg: Config, world_size: int | None) -> Iterator[str]:
     if not cfg.parallel.sequence:
         return
@@ -223,7 +234,7 @@ def _sequence_shares(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@reads("train.precision", "train.device")
+@_reads("train.precision", "train.device")
 def _half_on_cpu(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.train.precision == "fp16" and cfg.train.device == "cpu":
         yield "train.precision=fp16: meant for GPUs, train.device=cpu; set train.precision=bf16 or fp32"
@@ -232,7 +243,7 @@ def _half_on_cpu(cfg: Config, world_size: int | None) -> Iterator[str]:
 # Data and tokens --------------------------------------------------------------------------------
 
 
-@reads("data.source")
+@_reads("data.source")
 def _sources(cfg: Config, world_size: int | None) -> Iterator[str]:
     source = cfg.data.source
     if isinstance(source, str):
@@ -259,7 +270,7 @@ def _resembles(word: str, other: str) -> bool:
     return difflib.SequenceMatcher(None, word.lower(), other).ratio() > 0.8
 
 
-@reads("data.source", "data.tokenizer", "data.tokenizer_vocab_size", "model.vocab_size")
+@_reads("data.source", "data.tokenizer", "data.tokenizer_vocab_size", "model.vocab_size")
 def _vocabulary(cfg: Config, world_size: int | None) -> Iterator[str]:
     size, rows = cfg.data.tokenizer_vocab_size, cfg.model.vocab_size
     if cfg.data.tokenizer == "bytes" and rows < 256:
@@ -269,7 +280,7 @@ def _vocabulary(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.data.source != "embedded" or cfg.data.tokenizer is not None:
         yield (
             f"data.tokenizer_vocab_size={size}: sizes the tokenizer trained on data.source=embedded, which "
-            f"{settings(cfg, 'data.source', 'data.tokenizer')} does not use; set it to null"
+            f"{_set(cfg, 'data.source', 'data.tokenizer')} does not use; set it to null"
         )
     elif size > rows:
         yield (
@@ -278,13 +289,13 @@ def _vocabulary(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@reads("eval.sources")
+@_reads("eval.sources")
 def _eval_sources(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.eval.sources is not None and (not cfg.eval.sources or not all(path.strip() for path in cfg.eval.sources)):
         yield f"eval.sources={cfg.eval.sources}: list packed stores, or null for the validation split of the sources"
 
 
-@reads("log.sample_tokens", "model.max_position_embeddings")
+@_reads("log.sample_tokens", "model.max_position_embeddings")
 def _sample_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
     positions = cfg.model.max_position_embeddings
     if cfg.log.sample_tokens > positions:
@@ -294,13 +305,13 @@ def _sample_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
 # Optimizer, checkpoints, run --------------------------------------------------------------------
 
 
-@reads("optim.betas")
+@_reads("optim.betas")
 def _two_betas(cfg: Config, world_size: int | None) -> Iterator[str]:
     if len(cfg.optim.betas) != 2:
         yield f"optim.betas={cfg.optim.betas}: must be two numbers, for example [0.9, 0.95]"
 
 
-@reads("resume.mode", "resume.path")
+@_reads("resume.mode", "resume.path")
 def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
     mode, path = cfg.resume.mode, cfg.resume.path
     if mode in ("continue", "weights_only", "new_schedule") and not path:
@@ -312,7 +323,7 @@ def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@reads("checkpoint.every", "checkpoint.permanent_every")
+@_reads("checkpoint.every", "checkpoint.permanent_every")
 def _permanent(cfg: Config, world_size: int | None) -> Iterator[str]:
     every, permanent = cfg.checkpoint.every, cfg.checkpoint.permanent_every
     if permanent and not every:
@@ -324,7 +335,7 @@ def _permanent(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@reads("run.name", "run.dir", "log.wandb_project")
+@_reads("run.name", "run.dir", "log.wandb_project")
 def _names(cfg: Config, world_size: int | None) -> Iterator[str]:
     for name in ("run.name", "run.dir", "log.wandb_project"):
         if not value_of(cfg, name).strip():

@@ -1,14 +1,18 @@
-"""Rules about norms: which placements, kinds and options go together, and why others do not."""
+"""Rules between keys of the norms: which placements, kinds and options go together. See `checks`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from nexa.config.rules import multiples, reads
+from nexa.config.rules import Check, multiples, reads
 from nexa.config.schema import Config
 
+NORM_CHECKS: list[Check] = []
+_reads = partial(reads, NORM_CHECKS)
 
-@reads("norm.placement", "norm.mix_post_layers", "model.num_hidden_layers")
+
+@_reads("norm.placement", "norm.mix_post_layers", "model.num_hidden_layers")
 def _mix_layers(cfg: Config, world_size: int | None) -> Iterator[str]:
     layers, post = cfg.model.num_hidden_layers, cfg.norm.mix_post_layers
     if post is not None and post > layers:
@@ -17,7 +21,7 @@ def _mix_layers(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"norm.mix_post_layers={post}: only norm.placement=mix has it, not {cfg.norm.placement}; set it to null"
 
 
-@reads("norm.placement", "norm.qk")
+@_reads("norm.placement", "norm.qk")
 def _qk_once(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.norm.qk != "none" and cfg.norm.placement in ("hybrid", "hybrid_star"):
         yield (
@@ -26,7 +30,7 @@ def _qk_once(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@reads("norm.placement", "norm.residual_gain", "norm.deepnorm_alpha")
+@_reads("norm.placement", "norm.residual_gain", "norm.deepnorm_alpha")
 def _placement_own(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.norm.residual_gain and cfg.norm.placement != "normformer":
         yield (
@@ -40,55 +44,7 @@ def _placement_own(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-INPUT_NORMS = ("pre", "lns", "mix", "peri", "sandwich", "dssn", "normformer", "hybrid_star")
-"""Placements with a norm before a sublayer."""
-
-
-@reads("norm.placement", "norm.depth_scaling")
-def _depth_scaling(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if cfg.norm.depth_scaling and cfg.norm.placement not in INPUT_NORMS:
-        yield (
-            f"norm.depth_scaling=true: scales what input norms give, and norm.placement={cfg.norm.placement} has none; "
-            f"set norm.depth_scaling=false, or a placement among {', '.join(INPUT_NORMS)}"
-        )
-
-
-@reads("norm.branch_scale", "norm.branch_scale_value")
-def _branch_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if cfg.norm.branch_scale_value is not None and cfg.norm.branch_scale == "none":
-        yield (
-            f"norm.branch_scale_value={cfg.norm.branch_scale_value}: norm.branch_scale=none has no such factor; "
-            "set norm.branch_scale=fixed, or norm.branch_scale_value=null"
-        )
-
-
-_RUNNING = ("powernorm", "unifiednorm")
-"""Kinds with running statistics."""
-
-
-@reads("norm.kind", "norm.warmup_steps", "train.activation_checkpointing", "train.precision")
-def _running_norm(cfg: Config, world_size: int | None) -> Iterator[str]:
-    norm, recompute = cfg.norm, cfg.train.activation_checkpointing
-    if norm.kind not in _RUNNING:
-        if norm.warmup_steps is not None:
-            yield (
-                f"norm.warmup_steps={norm.warmup_steps}: norm.kind={norm.kind} has no running statistics to warm up; "
-                f"set norm.warmup_steps=null, or norm.kind={' or '.join(_RUNNING)}"
-            )
-        return
-    if recompute != "none":
-        yield (
-            f"train.activation_checkpointing={recompute}: computing a block again would update the running statistics "
-            f"of norm.kind={norm.kind} twice; set train.activation_checkpointing=none"
-        )
-    if cfg.train.precision == "fp16":
-        yield (
-            f"train.precision=fp16: norm.kind={norm.kind} keeps a running statistic of gradients, which the changing "
-            "loss scale would spoil; set train.precision=bf16 or fp32"
-        )
-
-
-@reads("norm.placement", "norm.head_scale", "model.hidden_size", "model.num_attention_heads")
+@_reads("norm.placement", "norm.head_scale", "model.hidden_size", "model.num_attention_heads")
 def _head_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
     size, heads = cfg.model.hidden_size, cfg.model.num_attention_heads
     if cfg.norm.head_scale != "output":
@@ -111,15 +67,16 @@ BHYT_PLACEMENTS = ("pre", "lns")
 """Placements all of whose blocks have `BlockPlan.pairs_inputs`."""
 
 
-@reads("norm.kind", "norm.pre_affine")
+@_reads("norm.kind", "norm.pre_affine")
 def _pre_affine(cfg: Config, world_size: int | None) -> Iterator[str]:
     kind = cfg.norm.kind
     if cfg.norm.pre_affine and kind in (*WITHOUT_STATISTICS, *_RUNNING, "bhyt"):
-        why = "takes no statistics over features" if kind != "bhyt" else "knows the variance of the stream, not of this"
+        why = "knows the variance of the stream, not of this" if kind == "bhyt" else "takes no statistics over features"
+        why = "is about statistics over tokens" if kind in _RUNNING else why
         yield f"norm.pre_affine=true: norm.kind={kind} {why}; set norm.pre_affine=false"
 
 
-@reads("norm.kind", "norm.placement", "norm.bhyt_tokens", "norm.branch_scale", "model.attention_gate")
+@_reads("norm.kind", "norm.placement", "norm.bhyt_tokens", "norm.branch_scale", "model.attention_gate")
 def _bhyt(cfg: Config, world_size: int | None) -> Iterator[str]:
     kind, placement, gate = cfg.norm.kind, cfg.norm.placement, cfg.model.attention_gate
     if kind != "bhyt":
@@ -132,22 +89,70 @@ def _bhyt(cfg: Config, world_size: int | None) -> Iterator[str]:
             "one before attention, so both must be there and nothing may normalise or scale between them; "
             f"set norm.placement={' or '.join(BHYT_PLACEMENTS)}"
         )
-    if cfg.norm.branch_scale != "none":
-        yield (
-            f"norm.branch_scale={cfg.norm.branch_scale}: norm.kind=bhyt derives the variance after attention from its "
-            "matrices, without a factor; set norm.branch_scale=none"
-        )
     if gate != "none":
         yield (
             f"model.attention_gate={gate}: norm.kind=bhyt derives the variance after attention from its matrices, "
             "without a gate; set model.attention_gate=none"
         )
+    if cfg.norm.branch_scale != "none":
+        yield (
+            f"norm.branch_scale={cfg.norm.branch_scale}: norm.kind=bhyt derives the variance after attention from its "
+            "matrices, without such a factor; set norm.branch_scale=none"
+        )
 
 
-@reads("norm.kind", "model.fixnorm")
+@_reads("norm.kind", "model.fixnorm")
 def _one_embedding_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
     if cfg.model.fixnorm and cfg.norm.kind in WITHOUT_STATISTICS:
         yield (
             f"model.fixnorm=true: norm.kind={cfg.norm.kind} already multiplies the embedding by a learnable "
             "sqrt(hidden_size), meant for rows that are not normalised; set model.fixnorm=false"
+        )
+
+
+INPUT_NORMS = ("pre", "lns", "mix", "peri", "sandwich", "dssn", "normformer", "hybrid_star")
+"""Placements with a norm before a sublayer."""
+
+
+@_reads("norm.placement", "norm.depth_scaling")
+def _depth_scaling(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.norm.depth_scaling and cfg.norm.placement not in INPUT_NORMS:
+        yield (
+            f"norm.depth_scaling=true: scales what input norms give, and norm.placement={cfg.norm.placement} has none; "
+            f"set norm.depth_scaling=false, or a placement among {', '.join(INPUT_NORMS)}"
+        )
+
+
+@_reads("norm.branch_scale", "norm.branch_scale_value")
+def _branch_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.norm.branch_scale_value is not None and cfg.norm.branch_scale == "none":
+        yield (
+            f"norm.branch_scale_value={cfg.norm.branch_scale_value}: norm.branch_scale=none has no such factor; "
+            "set norm.branch_scale=fixed, or norm.branch_scale_value=null"
+        )
+
+
+_RUNNING = ("powernorm", "unifiednorm")
+"""Kinds with running statistics."""
+
+
+@_reads("norm.kind", "norm.warmup_steps", "train.activation_checkpointing", "train.precision")
+def _running_norm(cfg: Config, world_size: int | None) -> Iterator[str]:
+    norm, recompute = cfg.norm, cfg.train.activation_checkpointing
+    if norm.kind not in _RUNNING:
+        if norm.warmup_steps is not None:
+            yield (
+                f"norm.warmup_steps={norm.warmup_steps}: norm.kind={norm.kind} has no running statistics to warm up; "
+                f"set norm.warmup_steps=null, or norm.kind={' or '.join(_RUNNING)}"
+            )
+        return
+    if recompute != "none":
+        yield (
+            f"train.activation_checkpointing={recompute}: computing a block again would update the running statistics "
+            f"of norm.kind={norm.kind} twice; set train.activation_checkpointing=none"
+        )
+    if cfg.train.precision == "fp16":
+        yield (
+            f"train.precision=fp16: norm.kind={norm.kind} keeps a running statistic of gradients, which the changing "
+            "loss scale would spoil; set train.precision=bf16 or fp32"
         )

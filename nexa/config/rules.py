@@ -1,12 +1,10 @@
-"""How a rule between keys is written and registered; the rules are in `checks` and `norm_checks`."""
+"""What a rule between keys is, and how a file of rules registers its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from nexa.config.fields import shorten
-from nexa.config.limits import value_of
 from nexa.config.schema import Config
 
 Rule = Callable[[Config, int | None], Iterator[str]]
@@ -20,22 +18,14 @@ class Check:
     rule: Rule
 
 
-CHECKS: list[Check] = []
-
-
-def reads(*keys: str) -> Callable[[Rule], Rule]:
-    """Register a rule with the keys that it reads."""
+def reads(checks: list[Check], *keys: str) -> Callable[[Rule], Rule]:
+    """Register a rule in `checks` with the keys that it reads."""
 
     def register(rule: Rule) -> Rule:
-        CHECKS.append(Check(keys, rule))
+        checks.append(Check(keys, rule))
         return rule
 
     return register
-
-
-def settings(cfg: Config, *names: str) -> str:
-    """`a=1, b=2` for messages."""
-    return ", ".join(f"{name}={shorten(value_of(cfg, name))}" for name in names)
 
 
 def multiples(value: int, divisor: int) -> str:

@@ -33,10 +33,10 @@ NormKind = Literal[
     "dyt",
     "seednorm",
     "gatednorm",
-    "powernorm",
-    "unifiednorm",
     "eln",
     "bhyt",
+    "powernorm",
+    "unifiednorm",
 ]
 Initializer = Literal[
     "normal",
@@ -125,13 +125,6 @@ class NormConfig:
     """Norm before the head; null is false for `deepnorm`, true for all others."""
     deepnorm_alpha: float | None = None
     """`deepnorm`: weight of the skip path; null is (2L)^(1/4)."""
-    depth_scaling: bool = False
-    """Multiply what every input norm gives by 1/sqrt(l) in block l, counted from 1: `lns`, which always has it,
-    combined with another placement."""
-    branch_scale: Literal["none", "fixed", "skip_init", "layer_scale"] = "none"
-    """Factor on each sublayer's result: fixed 1/sqrt(2L), or learned, one number (SkipInit) or d (LayerScale)."""
-    branch_scale_value: float | None = None
-    """The (initial) factor of branch_scale; null is the method's own."""
     pre_affine: bool = False
     """Learnable weight on what a norm reads, 1 at first: kinds with statistics over features, not q, k, v norms."""
     bhyt_tokens: int | None = None
@@ -139,6 +132,13 @@ class NormConfig:
     `model.max_position_embeddings`."""
     head_scale: Literal["heads", "output"] = "heads"
     """`normformer`: scale heads before the output projection, or as fairseq does as many pieces of its output."""
+    depth_scaling: bool = False
+    """Multiply what every input norm gives by 1/sqrt(l) in block l, counted from 1: `lns`, which always has it,
+    combined with another placement."""
+    branch_scale: Literal["none", "fixed", "skip_init", "layer_scale"] = "none"
+    """Factor on each sublayer's result: fixed 1/sqrt(2L), or learned, one number (SkipInit) or d (LayerScale)."""
+    branch_scale_value: float | None = None
+    """The (initial) factor of branch_scale; null is the method's own."""
     residual_gain: bool = False
     """`normformer`: learnable gain on the skip path of the feed-forward."""
 

@@ -18,10 +18,10 @@ from nexa.model.placement import SublayerPlan, block_plans, has_final_norm
 from nexa.model.precision import DTYPES
 
 GENERATION = "generation_config.json"
-_SERVES = {"AutoConfig": "configuration_nexa.py", "AutoModelForCausalLM": "modeling_nexa.py"}
-MODULES = (*_SERVES.values(), "norms_nexa.py")
-"""Modules that a folder carries when transformers does not know the model; some of them serve its auto classes."""
-_CLASSES = {"AutoConfig": "NexaConfig", "AutoModelForCausalLM": "NexaForCausalLM"}
+MODULES = ("configuration_nexa.py", "modeling_nexa.py", "norms_nexa.py")
+"""Modules that a folder carries when transformers does not know the model."""
+_CLASSES = {"AutoConfig": "configuration_nexa.NexaConfig", "AutoModelForCausalLM": "modeling_nexa.NexaForCausalLM"}
+"""Auto classes that they serve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,7 @@ def standalone_config(model: ModelConfig, norm: NormConfig) -> dict[str, Any]:
     for plan in block_plans(norm, model.num_hidden_layers):
         block = dataclasses.asdict(plan) | {"attn": _sublayer(plan.attn), "mlp": _sublayer(plan.mlp)}
         blocks.append({key: value for key, value in block.items() if value or key in {"attn", "mlp"}})
-    homes = {auto: f"{Path(name).stem}.{_CLASSES[auto]}" for auto, name in _SERVES.items()}
-    return {"auto_map": homes, "nexa_plan": {"blocks": blocks, "final_norm": has_final_norm(norm)}}
+    return {"auto_map": dict(_CLASSES), "nexa_plan": {"blocks": blocks, "final_norm": has_final_norm(norm)}}
 
 
 @functools.cache

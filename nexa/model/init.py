@@ -34,10 +34,10 @@ _ROLES = {
 _INSIDE = {"self_attn.gate_proj": "attn_gate"}
 """Names that mean something else inside this module."""
 _OUTPUTS = frozenset({"o", "down"})
-CUT = 3.0
-"""Standard deviations at which truncated rules cut."""
 FIXNORM_RANGE = 0.01
 """FixNorm draws its embedding from U(-0.01, 0.01) under every rule (code of arXiv 1910.05895)."""
+CUT = 3.0
+"""Standard deviations at which truncated rules cut."""
 _ZERO = frozenset({"norm_gate_out"})
 """Roles that start at 0 under every rule: the gate of a GatedNorm is then 1."""
 

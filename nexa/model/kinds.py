@@ -27,10 +27,10 @@ class Kind:
     source: str
     embed_scale: bool = False
     """A learnable scalar, sqrt(d) at first, multiplies the embedding, because nothing later rescales it."""
-    warning: str = ""
-    """What a run with it says at its start."""
     paired: bool = False
     """The norm before the feed-forward is given its variance by the one before attention (`bounded.BHyT`)."""
+    warning: str = ""
+    """What a run with it says at its start."""
 
 
 KINDS: dict[str, Kind] = {
@@ -53,6 +53,20 @@ KINDS: dict[str, Kind] = {
         "w [n] 1, D [r, n] random, U [n, r] 0",
         "arXiv 2601.22966",
     ),
+    "eln": Kind(
+        bounded.ELN.at,
+        "w x / sqrt(x^2 + c^2 + eps) + b",
+        "w [n] 1, b [n] 0, c [1] 1 / alpha of dyt",
+        "arXiv 2503.21708",
+        embed_scale=True,
+    ),
+    "bhyt": Kind(
+        bounded.BHyT.at,
+        "w tanh(lambda x / (10 rms(x))), the rms before the feed-forward from that of the block's input",
+        "w [n] 1, lambda [1] 2, before the feed-forward 1",
+        "arXiv 2601.09719",
+        paired=True,
+    ),
     "powernorm": Kind(
         running.PowerNorm.at,
         "w u / sqrt(mean over tokens of u^2) + b, u = x / rms(x); running mean after warm-up and in evaluation",
@@ -70,20 +84,6 @@ KINDS: dict[str, Kind] = {
         warning="norm.kind=unifiednorm: training divides by statistics that include the batch's own, so that a token's "
         "prediction depends on later tokens; training losses are no likelihoods, validation losses are",
     ),
-    "eln": Kind(
-        bounded.ELN.at,
-        "w x / sqrt(x^2 + c^2 + eps) + b",
-        "w [n] 1, b [n] 0, c [1] 1 / alpha of dyt",
-        "arXiv 2503.21708",
-        embed_scale=True,
-    ),
-    "bhyt": Kind(
-        bounded.BHyT.at,
-        "w tanh(lambda x / (10 rms(x))), the rms before the feed-forward from that of the block's input",
-        "w [n] 1, lambda [1] 2, before the feed-forward 1",
-        "arXiv 2601.09719",
-        paired=True,
-    ),
 }
 
 
@@ -95,29 +95,21 @@ class NormBuilder:
     eps: float
     width: int
     gate_rank: int
-    warmup_steps: int | None = None
     pre_affine: bool = False
+    warmup_steps: int | None = None
     layers: Layers = field(default_factory=Layers)
 
     @classmethod
     def of(cls, model: ModelConfig, norm: NormConfig, layers: Layers | None = None) -> NormBuilder:
         """For a configuration. KeyError for an unknown kind (the config check comes first)."""
         eps = model.rms_norm_eps if norm.eps is None else norm.eps
-        return cls(
-            KINDS[norm.kind],
-            eps,
-            model.hidden_size,
-            norm.gate_rank,
-            norm.warmup_steps,
-            norm.pre_affine,
-            layers or Layers(),
-        )
+        own = norm.gate_rank, norm.pre_affine, norm.warmup_steps
+        return cls(KINDS[norm.kind], eps, model.hidden_size, *own, layers or Layers())
 
     def __call__(self, part: Part, features: Features | None = None, gain: float = 1.0) -> nn.Module:
         """A norm of `part` over `features` (None: the residual stream's), `gain` on its initial weight."""
         features = self.layers.stream(self.width) if features is None else features
-        site = NormSite(features, self.eps, self.width, part, self.gate_rank, gain, self.warmup_steps)
-        norm = self.kind.build(site)
+        norm = self.kind.build(NormSite(features, self.eps, self.width, part, self.gate_rank, gain, self.warmup_steps))
         if self.pre_affine:
             assert isinstance(norm, FeatureNorm)  # the config check comes first
             norm.add_pre_weight()

@@ -53,8 +53,9 @@ class BlockPlan:
     def pairs_inputs(self) -> bool:
         """Whether attention reads a norm of the stream x, adds W_O W_V and an average over tokens of it to x as it is,
         and the feed-forward reads a norm of that sum: what BHyT's second norm knows the variance of."""
-        untouched = not (self.attn.output or self.attn.residual or self.head_norms or self.head_scale)
-        return self.attn.input and self.mlp.input and untouched
+        attn = self.attn
+        touched = attn.output or attn.residual or attn.learned_scale or self.head_norms or self.head_scale
+        return attn.input and self.mlp.input and attn.branch_scale == 1.0 and not touched
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from tests.dist.grid import STAGES, parallel
 
 def case(kind: str, placement: str, stage: int, layout: tuple[int, int, bool]) -> dict:
     norm = {"kind": kind, "gate_rank": 3, "embedding": True, "placement": placement}
-    if kind in {"powernorm", "unifiednorm"}:
-        norm["warmup_steps"] = 6  # then 14 steps of running statistics
     if kind == "bhyt":
         # two tokens: the approximation is then no small part of the variance
         norm |= {"bhyt_tokens": 2, "placement": placement if placement in BHYT_PLACEMENTS else "lns"}
+    if kind in {"powernorm", "unifiednorm"}:
+        norm["warmup_steps"] = 6  # then 14 steps of running statistics
     # weights of 1/sqrt(d): with smaller ones DyT would be linear, and a wrong one not seen
     weights = 0.5 if kind == "bhyt" else 0.2
     small = {
@@ -42,20 +42,6 @@ def test_features_that_ranks_share(tmp_path: Path) -> None:
     whole = [case(kind, "normformer", 1, (2, 1, False)) for kind in KINDS]
     shared = [case(kind, "normformer", 3, (2, 1, True)) for kind in KINDS]
     check(tmp_path, whole + shared, processes=2)
-
-
-def test_learned_scales_of_sublayers(tmp_path: Path) -> None:
-    scales = [("skip_init", 1, (2, 1, True)), ("layer_scale", 3, (2, 1, True)), ("layer_scale", 2, (1, 2, False))]
-    cases = [
-        config(
-            norm={"placement": "peri", "branch_scale": scale, "depth_scaling": True},
-            parallel=parallel(stage, layout),
-            model={"num_hidden_layers": 2},
-            train={"micro_batch_size": 8 // layout[1]},
-        )
-        for scale, stage, layout in scales
-    ]
-    check(tmp_path, cases, processes=2)
 
 
 def with_options(case: dict, **model: object) -> dict:
@@ -87,6 +73,18 @@ def test_bhyt_gathers_the_matrices_it_needs(tmp_path: Path) -> None:
 def test_options_grid(tmp_path: Path) -> None:
     layouts = [(1, 4, False), (2, 2, False), (2, 2, True)]
     check(tmp_path, [one for stage in STAGES for layout in layouts for one in options(stage, layout)], processes=4)
+def test_learned_scales_of_sublayers(tmp_path: Path) -> None:
+    scales = [("skip_init", 1, (2, 1, True)), ("layer_scale", 3, (2, 1, True)), ("layer_scale", 2, (1, 2, False))]
+    cases = [
+        config(
+            norm={"placement": "peri", "branch_scale": scale, "depth_scaling": True},
+            parallel=parallel(stage, layout),
+            model={"num_hidden_layers": 2},
+            train={"micro_batch_size": 8 // layout[1]},
+        )
+        for scale, stage, layout in scales
+    ]
+    check(tmp_path, cases, processes=2)
 
 
 @pytest.mark.slow

@@ -51,14 +51,14 @@ class Reference:
                 h = y @ s["gate_down.weight"].T
                 h = (h / (1 + torch.exp(-h))) @ s["gate_up.weight"].T
                 return 2 * y / (1 + torch.exp(-h))
-            case "powernorm" | "unifiednorm":  # evaluation
-                u = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) if self.kind == "powernorm" else x
-                return w * u / torch.sqrt(s["running_square"] + self.eps) + s["bias"]
             case "eln":
                 return w * x / torch.sqrt(x**2 + s["c"] ** 2 + self.eps) + s["bias"]
             case "bhyt":
                 mean_square = (x * x).mean(-1, keepdim=True) if mean_square is None else mean_square
                 return w * torch.tanh(s["lambda"] * x / (10 * torch.sqrt(mean_square + self.eps)))
+            case "powernorm" | "unifiednorm":  # evaluation
+                u = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) if self.kind == "powernorm" else x
+                return w * u / torch.sqrt(s["running_square"] + self.eps) + s["bias"]
         raise AssertionError(self.kind)
 
     def rope(self, x):

@@ -54,11 +54,11 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
             "mix_alpha",
             "mix_post_layers",
             "deepnorm_alpha",
+            "pre_affine",
+            "head_scale",
             "depth_scaling",
             "branch_scale",
             "branch_scale_value",
-            "pre_affine",
-            "head_scale",
         )
     }
     options |= {k: model[k] for k in ("attention_gate", "fixnorm") if k in model}

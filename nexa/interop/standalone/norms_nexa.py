@@ -1,6 +1,7 @@
-"""What the norms of a nexa model compute. Statistics are taken in fp32 (fp64 for fp64 input).
+"""What each kind of norm of a nexa model computes: [..., n] to [..., n] over the last dimension.
 
-Part of an exported model folder; needs torch and nothing else.
+Part of an exported model folder; needs torch and nothing else. Weights come from the checkpoint: the initial ones here
+are not the methods'.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 
 def wide_of(x: Tensor) -> Tensor:
-    """`x` in fp32, or as it is when it is wider."""
+    """In fp32, or as it is when it is fp64: what statistics are taken in."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -133,6 +134,39 @@ class GatedNorm(RMSNorm):
         return 2 * y * torch.sigmoid(self.gate_up(F.silu(self.gate_down(y))))
 
 
+class ELN(nn.Module):
+    """weight * x / sqrt(x^2 + c^2 + eps) + bias, element by element (arXiv 2503.21708)."""
+
+    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.c, self.eps = nn.Parameter(torch.ones(1)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., n]."""
+        wide, c = wide_of(x), wide_of(self.c)
+        return (wide * torch.rsqrt(wide.square() + (c.square() + self.eps))).to(x.dtype) * self.weight + self.bias
+
+
+class BHyT(nn.Module):
+    """weight * tanh(lambda x / (10 sqrt(variance + eps))), variance: of x or as given (arXiv 2601.09719)."""
+
+    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.register_parameter("lambda", nn.Parameter(torch.ones(1)))
+
+    def bound(self) -> Tensor:
+        """lambda / kappa."""
+        return wide_of(getattr(self, "lambda")) / 10.0
+
+    def forward(self, x: Tensor, variance: Tensor | None = None) -> Tensor:
+        """[..., n] -> [..., n]; variance [..., 1]."""
+        wide = wide_of(x)
+        variance = wide.square().mean(-1, keepdim=True) if variance is None else variance
+        return torch.tanh(wide * (self.bound() * torch.rsqrt(variance + self.eps))).to(x.dtype) * self.weight
+
+
 class UnifiedNorm(nn.Module):
     """weight * x / sqrt(running_square + eps) + bias, constants but for x (arXiv 2208.01313).
 
@@ -169,39 +203,6 @@ class PowerNorm(UnifiedNorm):
         return super().scaled(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps))
 
 
-class ELN(nn.Module):
-    """weight * x / sqrt(x^2 + c^2 + eps) + bias, element by element (arXiv 2503.21708)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
-        self.c, self.eps = nn.Parameter(torch.ones(1)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        wide, c = wide_of(x), wide_of(self.c)
-        return (wide * torch.rsqrt(wide.square() + (c.square() + self.eps))).to(x.dtype) * self.weight + self.bias
-
-
-class BHyT(nn.Module):
-    """weight * tanh(lambda x / (10 sqrt(variance + eps))), variance: of x or as given (arXiv 2601.09719)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-        self.register_parameter("lambda", nn.Parameter(torch.ones(1)))
-
-    def bound(self) -> Tensor:
-        """lambda / kappa."""
-        return wide_of(getattr(self, "lambda")) / 10.0
-
-    def forward(self, x: Tensor, variance: Tensor | None = None) -> Tensor:
-        """[..., n] -> [..., n]; variance [..., 1]."""
-        wide = wide_of(x)
-        variance = wide.square().mean(-1, keepdim=True) if variance is None else variance
-        return torch.tanh(wide * (self.bound() * torch.rsqrt(variance + self.eps))).to(x.dtype) * self.weight
-
-
 KINDS: dict[str, Any] = {
     "rmsnorm": RMSNorm,
     "layernorm": LayerNorm,
@@ -210,9 +211,9 @@ KINDS: dict[str, Any] = {
     "dyt": DyT,
     "seednorm": SeeDNorm,
     "gatednorm": GatedNorm,
-    "powernorm": PowerNorm,
-    "unifiednorm": UnifiedNorm,
     "eln": ELN,
     "bhyt": BHyT,
+    "powernorm": PowerNorm,
+    "unifiednorm": UnifiedNorm,
 }
 """Values of `nexa_norm.kind`."""
