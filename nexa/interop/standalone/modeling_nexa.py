@@ -136,7 +136,7 @@ class UnifiedNorm(nn.Module):
     The other buffers are what a training run goes on from; here they are only kept.
     """
 
-    windows = ("recent_squares", "recent_gradients")
+    windows: tuple[str, ...] = ("recent_squares", "recent_gradients")
 
     def __init__(self, size: int, eps: float, rank: int = 0) -> None:
         super().__init__()
