@@ -35,7 +35,10 @@ def case(kind: str, placement: str, stage: int, layout: tuple[int, int, bool]) -
 
 def test_data_parallel(tmp_path: Path) -> None:
     kinds = [kind for kind in KINDS if kind not in {"rmsnorm", "layernorm"}]
-    check(tmp_path, [case(kind, "pre", stage, (1, 2, False)) for kind in kinds for stage in (1, 3)], processes=2)
+    cases = [case(kind, "pre", stage, (1, 2, False)) for kind in kinds for stage in (1, 3)]
+    # the other stages for what also communicates by itself
+    cases += [case("unifiednorm", "pre", 0, (1, 2, False)), case("powernorm", "post", 2, (1, 2, False))]
+    check(tmp_path, cases, processes=2)
 
 
 def test_features_that_ranks_share(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Norms with running statistics over ranks: ZeRO stages, and checkpoints in the middle of the warm-up."""
+"""Norms with running statistics over ranks: checkpoints in the middle of the warm-up. Layouts are `test_kinds`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,13 @@ from data_pipeline.writer import StoreWriter
 from nexa.api import load_model
 from nexa.checkpoint.load import load_state_dict
 from tests.conftest import run_command
-from tests.dist.common import LR, check, config
+from tests.dist.common import LR, config
 from tests.dist.grid import parallel
-from tests.dist.test_kinds import case
 
 KINDS = ("powernorm", "unifiednorm")
 DATA = (1, 2, False)
 SEQUENCE = (2, 1, True)
 BEFORE, AFTER = 4, 3
-
-
-def test_the_other_stages(tmp_path: Path) -> None:
-    """Stages 1 and 3 of all kinds are `test_kinds`."""
-    cases = [case("unifiednorm", "pre", 0, DATA), case("powernorm", "post", 2, DATA)]
-    cases.append(case("powernorm", "pre", 0, SEQUENCE))
-    check(tmp_path, cases, processes=2)
 
 
 @pytest.fixture(scope="module")
