@@ -83,6 +83,9 @@ def kv_heads_of(heads: Features, kv_heads: int) -> list[int]:
 class SelfAttention(nn.Module):
     """o(softmax(q k^T * scale) v); norms and scales as `plan` and `norm.qk` say, all before rotation."""
 
+    watch: Callable[[Tensor, Tensor, float], None] | None = None
+    """Shown q [B, T, heads, head_dim], k [B, S, kv_heads, head_dim] and the scale, just before they meet: logits."""
+
     def __init__(self, model: ModelConfig, norm: NormConfig, plan: BlockPlan, eps: float, layers: Layers) -> None:
         super().__init__()
         all_heads = model.num_attention_heads
@@ -140,6 +143,8 @@ class SelfAttention(nn.Module):
             k, v = k[:, :, self.kv_taken], v[:, :, self.kv_taken]
         if context.extend is not None:
             k, v = (t.transpose(1, 2) for t in context.extend(k.transpose(1, 2), v.transpose(1, 2)))
+        if self.watch is not None:
+            self.watch(q, k, scale)
         y = self._attend(q, k, v, scale, context)
         if self.head_scale is not None:
             y = y * self.head_scale[:, None]
