@@ -53,8 +53,8 @@ class Diagnosis:
         return found
 
     def rows(self) -> dict[str, float]:
-        """Every number of a quantity that has one per stream or block, as `variance/embedding`, `variance/0`, …"""
-        rows: dict[str, float | None] = {}
+        """Single numbers, and those of lists by block (`variance/embedding`, `variance/0`); NaN where there is none."""
+        rows = {name: value for name, value in self.values.items() if value is None or isinstance(value, float)}
         for name, value in self.values.items():
             if isinstance(value, list) and not isinstance(value[0], list):
                 labels = [*(["embedding"] if len(value) > self.blocks else []), *map(str, range(self.blocks))]

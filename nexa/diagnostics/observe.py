@@ -65,7 +65,7 @@ class Observer:
             tell = partial(self._added, number, part)
             until_done(module.register_forward_hook(partial(self._output, seen, tell)))
         block.self_attn.watch = partial(self._attention, seen, number)
-        stack.callback(setattr, block.self_attn, "watch", None)
+        stack.callback(delattr, block.self_attn, "watch")
 
     def _first(self, seen: Seen, module: nn.Module, args: tuple[Tensor, AttentionContext]) -> None:
         seen.context = args[1]

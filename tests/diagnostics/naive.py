@@ -27,9 +27,9 @@ class Recorder(Reference):
             y = (x @ self.s[f"{p}{n}_proj.weight"].T).view(1, x.shape[1], count, dh)
             if self.placement in {"hybrid", "hybrid_star"}:
                 y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + self.eps) * self.s[f"{p}{n}_norm.weight"]
-            heads[n] = self.rope(y.transpose(1, 2))[0]
+            heads[n] = self.rope(y.transpose(1, 2))[0].detach()
         self.scores[i] = {
-            (head, t, s): float(heads["q"][head, t].detach() @ heads["k"][head * self.g // self.h, s]) / math.sqrt(dh)
+            (head, t, s): float(heads["q"][head, t] @ heads["k"][head * self.g // self.h, s]) / math.sqrt(dh)
             for head in range(self.h)
             for t in range(x.shape[1])
             for s in range(t + 1)
