@@ -294,10 +294,12 @@ def _panel(axes: Axes, values: list[list[float | None]], scale: str) -> None:
         axes.set_yscale("symlog", linthresh=0.01)
         axes.yaxis.set_major_formatter(plain)
     elif scale == "log" and positive:
-        narrow = max(positive) < 8 * min(positive)
+        narrow = max(positive) < 30 * min(positive)
         axes.set_yscale("log", subs=(2, 5) if narrow else None)
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter(plain if narrow else NullFormatter())
+    else:
+        axes.set_ylim(0, None if positive else 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.5, linewidth=0.6)
 
