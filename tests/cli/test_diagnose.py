@@ -47,8 +47,8 @@ def pair(place: Path) -> Path:
     """The report of both runs on the text."""
     out = place / "both"
     options = ["--tokens", "200", "--batch-size", "3", "--label", "Pre-LN", "LNS <b>$x_1$ & more"]
+    files = map(str, (place / "pre", place / "lns", "--text", place / "book.txt", "--out", out))
     with pytest.raises(SystemExit) as ended:
-        files = map(str, (place / "pre", place / "lns", "--text", place / "book.txt", "--out", out))
         main(["diagnose", *files, *options])
     assert ended.value.code == 0
     return out
