@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -29,12 +30,39 @@ class Batch:
     document_ids: np.ndarray | None = None
 
 
+class TokenSource(Protocol):
+    """What rows are read from: the part of `PackedStore` that says where tokens are and where documents begin."""
+
+    @property
+    def name(self) -> str:
+        """Short, for metrics."""
+        ...
+
+    @property
+    def location(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        ...
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) as int64."""
+        ...
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Sorted positions in [start, stop) at which a document begins."""
+        ...
+
+
 def _empty_batch(rows: int, length: int, document_mask: bool) -> Batch:
     documents = np.zeros((rows, length), np.int32) if document_mask else None
     return Batch(np.zeros((rows, length), np.int64), np.full((rows, length), IGNORE, np.int64), documents)
 
 
-def _fill_row(batch: Batch, row: int, store: PackedStore, start: int, targets: int) -> None:
+def _fill_row(batch: Batch, row: int, store: TokenSource, start: int, targets: int) -> None:
     """Put `targets` + 1 tokens from `start` into a row; the rest of the row stays unscored padding."""
     tokens = store.read(start, targets + 1)
     batch.input_ids[row, :targets] = tokens[:-1]
@@ -158,7 +186,7 @@ class ValidationRows:
 
     def __init__(
         self,
-        store: PackedStore,
+        store: TokenSource,
         sequence_length: int,
         limit_rows: int | None = None,
         document_mask: bool = False,

@@ -36,6 +36,7 @@ MUST_NOT_IMPORT = {
     "nexa/model/": ("nexa.train", "nexa.parallel", "hydra"),
     "nexa/optim/": ("nexa.train", "nexa.parallel", "hydra"),
     "nexa/scaling/": ("nexa.train", "nexa.parallel", "hydra"),
+    "nexa/diagnostics/": ("nexa.train", "nexa.parallel", "hydra"),
     "nexa/config/": ("nexa.train", "nexa.parallel"),
     "nexa/checkpoint/": ("nexa.train", "nexa.parallel"),
     "data_pipeline/": ("nexa.train", "nexa.parallel", "nexa.model", "torch"),

@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "nexa.cli.plan",
     "score": "nexa.cli.score",
     "generate": "nexa.cli.generate",
+    "diagnose": "nexa.cli.diagnose",
     "export": "nexa.cli.export",
     "import": "nexa.cli.import_",
 }

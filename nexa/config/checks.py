@@ -295,6 +295,15 @@ def _eval_sources(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"eval.sources={cfg.eval.sources}: list packed stores, or null for the validation split of the sources"
 
 
+@_reads("diagnose.every", "diagnose.batches", "eval.batches")
+def _diagnosed(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.diagnose.every and 0 < cfg.eval.batches < cfg.diagnose.batches:
+        yield (
+            f"diagnose.batches={cfg.diagnose.batches}: more than the validation set of eval.batches={cfg.eval.batches} "
+            f"global batches; set diagnose.batches={cfg.eval.batches} or eval.batches={cfg.diagnose.batches}"
+        )
+
+
 @_reads("log.sample_tokens", "model.max_position_embeddings")
 def _sample_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
     positions = cfg.model.max_position_embeddings

@@ -85,6 +85,8 @@ LIMITS: dict[str, Limit] = {
     "checkpoint.permanent_every": _NONNEGATIVE,
     "eval.every": _NONNEGATIVE,
     "eval.batches": _NONNEGATIVE,
+    "diagnose.every": _NONNEGATIVE,
+    "diagnose.batches": _COUNT,
     "log.every": _NONNEGATIVE,
     "log.norms_every": _NONNEGATIVE,
     "log.sample_tokens": _NONNEGATIVE,

@@ -314,6 +314,16 @@ class EvalConfig:
 
 
 @dataclass
+class DiagnoseConfig:
+    """Measurements inside the network while it trains; `nexa diagnose` takes more of them from a checkpoint."""
+
+    every: int = 0
+    """Steps between measurements of the residual stream, attention logits and massive activations; 0 is off."""
+    batches: int = 1
+    """Global batches of the first validation set that are measured, the same sequences each time."""
+
+
+@dataclass
 class LogConfig:
     """What a run tells."""
 
@@ -361,6 +371,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

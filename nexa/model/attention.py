@@ -87,6 +87,9 @@ class SelfAttention(nn.Module):
     (Qiu et al. 2025, arXiv 2505.06708).
     """
 
+    watch: Callable[[Tensor, Tensor, float], None] | None = None
+    """Shown q [B, T, heads, head_dim], k [B, S, kv_heads, head_dim] and the scale, just before they meet: logits."""
+
     def __init__(self, model: ModelConfig, norm: NormConfig, plan: BlockPlan, eps: float, layers: Layers) -> None:
         super().__init__()
         all_heads = model.num_attention_heads
@@ -151,6 +154,8 @@ class SelfAttention(nn.Module):
             k, v = k[:, :, self.kv_taken], v[:, :, self.kv_taken]
         if context.extend is not None:
             k, v = (t.transpose(1, 2) for t in context.extend(k.transpose(1, 2), v.transpose(1, 2)))
+        if self.watch is not None:
+            self.watch(q, k, scale)
         y = self._attend(q, k, v, scale, context)
         if self.gate_proj is not None:
             y = y * torch.sigmoid(self.gate_proj(x)).view(*context.shape, self.heads, -1)

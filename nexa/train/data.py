@@ -149,19 +149,22 @@ class ValidationSet:
         limit = cfg.eval.batches * cfg.train.global_batch_size or None
         self.name = name
         self._rows = ValidationRows(store, cfg.data.sequence_length, limit, document_mask=cfg.data.document_mask)
-        self._topology, self._micro = topology, cfg.train.micro_batch_size
+        self._topology, self._micro, self._global = topology, cfg.train.micro_batch_size, cfg.train.global_batch_size
 
     def __len__(self) -> int:
         """Rows, over all ranks."""
         return len(self._rows)
 
-    def batches(self) -> list[TensorBatch]:
-        """This rank's batches: every rank has the same number, the surplus is rows that score nothing."""
+    def batches(self, global_batches: int | None = None) -> list[TensorBatch]:
+        """This rank's batches: every rank has the same number, the surplus is rows that score nothing.
+
+        global_batches: only of the first so many global batches.
+        """
+        rows = len(self._rows) if global_batches is None else min(len(self._rows), global_batches * self._global)
         stride = self._micro * self._topology.data_size
         first = self._topology.data_rank * self._micro
         return [
-            to_tensors(self._rows.rows(start + first, start + first + self._micro))
-            for start in range(0, len(self._rows), stride)
+            to_tensors(self._rows.rows(start + first, start + first + self._micro)) for start in range(0, rows, stride)
         ]
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nexa.checkpoint.files import write_all
 from nexa.errors import UserError
-from nexa.train.hook import Row
 
 
 def _complete_rows(path: Path, last_step: int) -> list[str]:
@@ -37,6 +37,7 @@ class MetricsFile:
         """last_step: step of the checkpoint the run goes on from; 0 for a fresh run."""
         self._path = path
         with self._errors_explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 kept = _complete_rows(path, last_step)
                 aside = path.with_suffix(".tmp")
@@ -45,9 +46,10 @@ class MetricsFile:
             # Not buffered: a killed process loses no row, and closing has nothing left to write that could fail again.
             self._file = path.open("ab", buffering=0)
 
-    def write(self, row: Row) -> None:
-        """Append a row and hand it to the system."""
-        clean = {key: (value if math.isfinite(value) else None) for key, value in row.items()}
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row and hand it to the system; its own numbers may be infinite or NaN, those of lists in it not."""
+        infinite = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+        clean = {key: None if key in infinite else value for key, value in row.items()}
         with self._errors_explained():
             write_all(self._file.fileno(), memoryview(f"{json.dumps(clean)}\n".encode()))
 

@@ -26,6 +26,11 @@ def config(**changed: Any) -> Config:
 MIXTURE = [{"path": "a", "weight": 1.0}, {"path": "", "weight": 0.0}]
 CASES: list[tuple[dict[str, Any], int | None, str]] = [
     # keys changed, number of processes, the problem
+    (
+        {"diagnose__every": 10, "diagnose__batches": 9},
+        None,
+        "diagnose.batches=9: more than the validation set of eval.batches=8 global batches; set diagnose.batches=8",
+    ),
     ({"train__steps": None}, None, "train.steps=null, train.tokens=null: nothing says how long to train"),
     ({"train__tokens": 1e6}, None, "train.steps=100, train.tokens=1000000: both say how long"),
     ({"train__stop_at": 101}, None, "train.stop_at=101: after the last of 100 steps"),

@@ -9,6 +9,7 @@ from nexa.train.data import ValidationSet
 from nexa.train.hook import Hook
 from nexa.train.hooks.checkpointing import CheckpointHook
 from nexa.train.hooks.console import ConsoleHook
+from nexa.train.hooks.diagnosis import DiagnoseHook
 from nexa.train.hooks.evaluation import EvaluationHook
 from nexa.train.hooks.figures import PlotHook
 from nexa.train.hooks.metrics import MetricsHook
@@ -26,6 +27,7 @@ def build_hooks(cfg: Config, validation: list[ValidationSet], checkpoint: Checkp
     at_end = ((cfg.log.plot, PlotHook), (cfg.log.sample_tokens > 0, SampleHook))
     return [
         EvaluationHook(cfg.eval, validation),
+        *([DiagnoseHook(cfg, validation)] if cfg.diagnose.every > 0 else []),
         MetricsHook(run_dir / "metrics.jsonl"),
         *(hook(run_dir) for wanted, hook in optional if wanted),
         ConsoleHook(),
