@@ -55,6 +55,8 @@ class ModelConfig:
     """Epsilon of every norm unless `norm.eps` is set."""
     tie_word_embeddings: bool = False
     """Share the embedding with the output head."""
+    input_bias: bool = False
+    """Biases, 0 at first, on query, key, value, gate and up projections and on the head, as `nexa convert` makes."""
     initializer: Literal["normal", "scaled", "llama_depth", "small_init", "tiny_init", "full_megatron", "xavier"] = (
         "normal"
     )

@@ -18,7 +18,7 @@ LLAMA, NEXA = "llama", "nexa"
 _ARCHITECTURES = {LLAMA: "LlamaForCausalLM", NEXA: "NexaForCausalLM"}
 _NOT_OF_THE_MODEL = frozenset({"attention"})
 """Fields of ModelConfig about the machine, not the function."""
-_OURS = {"initializer": "nexa_initializer"}
+_OURS = {"initializer": "nexa_initializer", "input_bias": "nexa_input_bias"}
 """Our fields that mean nothing to transformers, under a name that cannot collide with one of its own."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _LLAMA_DEFAULTS = {"max_position_embeddings": 2048}
@@ -44,6 +44,8 @@ def is_llama(model: ModelConfig, norm: NormConfig) -> bool:
         and norm.qk == "none"
         and not norm.embedding
         and norm.final is not False
+        # transformers' attention_bias and mlp_bias put them on the output projections too, and the head has none
+        and not model.input_bias
         # LlamaConfig refuses other widths, even with a head_dim
         and model.hidden_size % model.num_attention_heads == 0
     )

@@ -101,9 +101,9 @@ class SelfAttention(nn.Module):
         width, kv_width = all_heads * self.head_dim, all_kv_heads * self.head_dim
         make_kv = layers.column if kv_shared else layers.whole
         self._enter = layers.enter
-        self.q_proj = layers.column(model.hidden_size, width)
-        self.k_proj = make_kv(model.hidden_size, kv_width)
-        self.v_proj = make_kv(model.hidden_size, kv_width)
+        self.q_proj = layers.column(model.hidden_size, width, model.input_bias)
+        self.k_proj = make_kv(model.hidden_size, kv_width, model.input_bias)
+        self.v_proj = make_kv(model.hidden_size, kv_width, model.input_bias)
         self.o_proj = layers.row(width, model.hidden_size)
         heads_with_norm = plan.head_norms + (("q", "k") if norm.qk == "rms" else ())
         one_head = Features.whole(self.head_dim)

@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.norm_config = model, norm
         self.model = DecoderStack(model, norm, layers)
-        self.lm_head = layers.head(model.hidden_size, model.vocab_size)
+        self.lm_head = layers.head(model.hidden_size, model.vocab_size, model.input_bias)
         self.lm_head.chunk_tokens = loss_chunk_tokens
         if model.tie_word_embeddings:
             self.lm_head.weight = self.embedding_weight

@@ -30,6 +30,7 @@ _ROLES = {
     "gate_down": "norm_gate_in",
     "gate_up": "norm_gate_out",
 }
+_WITH_BIAS = frozenset({"q", "k", "v", "gate", "up", "head"})
 _OUTPUTS = frozenset({"o", "down"})
 _ZERO = frozenset({"norm_gate_out"})
 """Roles that start at 0 under every rule: the gate of a GatedNorm is then 1."""
@@ -119,6 +120,13 @@ def role_of(name: str) -> str | None:
     return _ROLES.get(parts[-2]) if parts[-1] == "weight" else None
 
 
+def bias_role(name: str) -> str | None:
+    """Role of the matrix whose bias (`model.input_bias`) this parameter is; None for everything else."""
+    parts = name.split(".")
+    role = _ROLES.get(parts[-2]) if parts[-1] == "bias" else None
+    return role if role in _WITH_BIAS else None
+
+
 def layer_index(name: str) -> int | None:
     """Block number in a checkpoint name, None outside blocks."""
     parts = name.split(".")
@@ -132,7 +140,9 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def draw(name: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig, seed: int) -> Tensor | None:
-    """Initial fp32 values of matrix `name`, on the CPU; None for a parameter whose constructor sets it."""
+    """Initial fp32 values of matrix or bias `name`, on the CPU; None for a parameter whose constructor sets it."""
+    if bias_role(name) is not None:
+        return torch.zeros(shape)
     role = role_of(name)
     if role is None:
         return None

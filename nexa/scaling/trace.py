@@ -285,6 +285,6 @@ def _structure(plan: BlockPlan) -> Any:
 def _logits(model: ModelConfig, rows: Tensor, chunk: int) -> Cost:
     """The head with the loss, on hidden states [N, d]; it makes its weight's gradient in the forward pass."""
     with shapes_only():
-        head = nn.Linear(model.hidden_size, model.vocab_size, bias=False).to(rows.dtype)
+        head = nn.Linear(model.hidden_size, model.vocab_size, bias=model.input_bias).to(rows.dtype)
         labels = torch.empty(len(rows), dtype=torch.int64)
-    return trace(head, lambda x: linear_cross_entropy(x, head.weight, labels, chunk), rows, [labels])
+    return trace(head, lambda x: linear_cross_entropy(x, head.weight, labels, chunk, bias=head.bias), rows, [labels])

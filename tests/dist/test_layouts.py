@@ -57,16 +57,27 @@ def test_megatron_core_layers_compute_the_same(tmp_path: Path) -> None:
     check(tmp_path, mappings, processes=2, ignore=0.3)
 
 
+def test_biases_are_shared_out_like_their_rows(tmp_path: Path) -> None:
+    """Key and value biases that every rank has whole, too; an uneven feed-forward and an odd width."""
+    model = {"input_bias": True, "hidden_size": 23, "head_dim": 6, "intermediate_size": 41}
+    norm = {"kind": "crmsnorm"}
+    mappings = [config(model=model, norm=norm, parallel=parallel(stage, (1, 2, False))) for stage in (1, 3)]
+    mappings += [config(model=model, norm=norm, parallel=parallel(*layout)) for layout in ((0, TP2), (3, TP2_SP))]
+    even = model | {"num_key_value_heads": 1, "intermediate_size": 40}
+    mappings.append(config(model=even, norm=norm, parallel=parallel(2, TP2_SP, backend="megatron")))
+    check(tmp_path, mappings, processes=2, ignore=0.3)
+
+
 def test_the_plan_knows_what_a_rank_holds(tmp_path: Path) -> None:
     mappings = [
-        config("normformer", model={"num_key_value_heads": heads}, parallel=parallel(stage, TP2))
+        config("normformer", model={"num_key_value_heads": heads, "input_bias": True}, parallel=parallel(stage, TP2))
         for heads, stage in ((1, 1), (2, 3))
     ]
     for mapping, outcome in zip(mappings, run_jobs(tmp_path, mappings, 2, steps=1), strict=True):
         cfg = from_mapping(mapping)
         kv_heads = mapping["model"]["num_key_value_heads"]
-        matrices = {n: s for n, s in full_shapes(cfg.model, cfg.norm).items() if len(s) == 2}
-        assert outcome.held is not None and len(matrices) == 2 + 7 * 4
+        matrices = {n: s for n, s in full_shapes(cfg.model, cfg.norm).items() if len(s) == 2 or "proj.bias" in n}
+        assert outcome.held is not None and len(matrices) == 2 + 7 * 4 + 5 * 4
         for name, shape in matrices.items():
             assert outcome.held[name] == list(local_shape(name, shape, 2, kv_heads)), name
 

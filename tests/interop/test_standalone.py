@@ -58,7 +58,8 @@ def test_every_placement_kind_and_option_without_nexa(tmp_path):
     ids, expected = random_ids(), {}
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
     for number, norm in enumerate(GRID):
-        decoder = random_model(norm, seed=number, tie_word_embeddings=number % 3 == 0).double()
+        options = {"tie_word_embeddings": number % 3 == 0, "input_bias": number % 5 == 0}
+        decoder = random_model(norm, seed=number, **options).double()
         folder = tmp_path / "grid" / f"{number:03d}"
         folder.mkdir(parents=True)
         state = {name: p.detach().contiguous() for name, p in decoder.named_parameters()}

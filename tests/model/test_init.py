@@ -9,12 +9,15 @@ import torch
 
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.decoder import Decoder, flops_per_token, parameter_count
-from nexa.model.init import RULES, initialise, layer_index, role_of
+from nexa.model.init import RULES, bias_role, initialise, layer_index, role_of
+from nexa.optim.build import decays
 
 D, F, L, V = 128, 192, 3, 512
 
 
-def build(rule: str = "normal", placement: str = "pre", layers: int = L, seed: int = 0) -> dict[str, torch.Tensor]:
+def build(
+    rule: str = "normal", placement: str = "pre", layers: int = L, seed: int = 0, **model_keys
+) -> dict[str, torch.Tensor]:
     model = ModelConfig(
         vocab_size=V,
         hidden_size=D,
@@ -22,6 +25,7 @@ def build(rule: str = "normal", placement: str = "pre", layers: int = L, seed: i
         num_hidden_layers=layers,
         num_attention_heads=4,
         initializer=rule,
+        **model_keys,
     )
     norm = NormConfig(placement=placement)  # type: ignore[arg-type]
     decoder = Decoder(model, norm)
@@ -99,6 +103,17 @@ def test_weights_depend_on_seed_and_name_only() -> None:
     assert not torch.equal(
         shallow["model.layers.0.self_attn.q_proj.weight"], shallow["model.layers.1.self_attn.q_proj.weight"]
     )
+
+
+def test_biases_start_at_zero_and_move_no_other_weight() -> None:
+    plain, state = build(), build(input_bias=True)
+    biases = {name for name in state if bias_role(name) is not None}
+    layers = [f"self_attn.{n}_proj" for n in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+    wanted = {f"model.layers.{i}.{layer}.bias" for i in range(L) for layer in layers} | {"lm_head.bias"}
+    assert biases == wanted == set(state) - set(plain)
+    assert all(not state[name].any() and not decays(name, decay_norms=True) for name in biases)
+    assert all(torch.equal(state[name], plain[name]) for name in plain)
+    assert bias_role("model.norm.bias") is None
 
 
 def test_roles_and_layers_from_names() -> None:

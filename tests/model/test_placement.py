@@ -107,6 +107,11 @@ def test_options(norm: NormConfig) -> None:
     compare(norm)
 
 
+@pytest.mark.parametrize(("norm", "tied"), [(NormConfig(), False), (NormConfig("normformer", qk="rms_full"), True)])
+def test_input_biases(norm: NormConfig, tied: bool) -> None:
+    compare(norm, input_bias=True, tie_word_embeddings=tied)
+
+
 def test_documents_do_not_see_each_other() -> None:
     documents = torch.tensor([[0] * 4 + [1] * 7, [0] * 1 + [1] * 5 + [2] * 5])
     compare(NormConfig(), documents=documents)
