@@ -13,7 +13,7 @@ from nexa.config.schema import ModelConfig, NormConfig
 from nexa.interop import tokenizer_files
 from nexa.interop.destination import check_free, new_folder
 from nexa.interop.huggingface import NEXA, from_config_json
-from nexa.interop.weights import SHARD_BYTES, Note, WeightFolder, parameter_shapes, write_weights
+from nexa.interop.weights import SHARD_BYTES, Note, WeightFolder, parameter_shapes, statistics, write_weights
 from nexa.model.placement import SublayerPlan, block_plans, has_final_norm
 from nexa.model.precision import DTYPES
 
@@ -45,8 +45,9 @@ def export(
 ) -> Exported:
     """Write a checkpoint, or a run's newest one, as a new folder that transformers opens.
 
-    dtype: a key of `DTYPES`. A LLaMA is written as `model_type: llama`; any other model is `nexa` and carries the
-    modules of `nexa.interop.standalone`. Weights are copied in pieces: memory does not grow with the model.
+    dtype: a key of `DTYPES`; statistics stay fp32. A LLaMA is written as `model_type: llama`; any other model is
+    `nexa` and carries the modules of `nexa.interop.standalone`. Weights are copied in pieces: memory does not grow
+    with the model.
     Raises UserError when the checkpoint is damaged (naming the file), when `destination` is there already, when it
     cannot be written, and for weights that `dtype` cannot hold.
     """
@@ -60,7 +61,8 @@ def export(
     with WeightFolder(source) as weights:
         weights.compare(shapes, source / catalog.CONFIG)
         with new_folder(target) as folder:
-            written = write_weights(weights, shapes, folder, DTYPES[dtype], shard_bytes, note)
+            kept = statistics(model, norm)
+            written = write_weights(weights, shapes, folder, DTYPES[dtype], shard_bytes, note, kept)
             tokenizer = tokenizer_files.write_tokenizer(source, config, folder)
             config["torch_dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
             if config["model_type"] == NEXA:

@@ -20,6 +20,7 @@ from nexa.interop.destination import check_free, new_folder
 from nexa.interop.export import GENERATION
 from nexa.interop.huggingface import config_json, from_config_json
 from nexa.interop.weights import SHARD_BYTES, Note, Shapes, WeightFolder, Written, parameter_shapes, write_weights
+from nexa.model.decoder import parameter_count
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED = ".rotary_emb.inv_freq"
@@ -79,7 +80,7 @@ def import_folder(source: str | Path, destination: str | Path, *, note: Note = l
                 ours["nexa_tokenizer"] = config["nexa_tokenizer"]
             records[catalog.CONFIG] = files.write_json(aside / catalog.CONFIG, ours)
             _complete(aside, written, shapes, records, {"imported_from": str(folder.absolute())})
-    count = written.total_bytes // torch.float32.itemsize
+    count = parameter_count(model, norm)
     return Imported(target, model, norm, count, written.total_bytes, tokenizer_files.TOKENIZER in records)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from nexa.checkpoint.safetensors_io import DTYPE_NAMES, TensorEntry, TensorFile,
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.errors import UserError
 from nexa.model.decoder import Decoder
+from nexa.model.statistics import tensors_of
 
 WEIGHTS = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
@@ -32,9 +33,15 @@ _LISTED = 10
 
 
 def parameter_shapes(model: ModelConfig, norm: NormConfig) -> Shapes:
-    """Name and shape of every parameter of a model, a tied head left out; allocates nothing."""
+    """Name and shape of every parameter and statistic of a model, a tied head left out; allocates nothing."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Decoder(model, norm).named_parameters()}
+        return {name: tuple(tensor.shape) for name, tensor in tensors_of(Decoder(model, norm))}
+
+
+def statistics(model: ModelConfig, norm: NormConfig) -> frozenset[str]:
+    """Names of the tensors that are fp32 in every file; allocates nothing."""
+    with torch.device("meta"):
+        return frozenset(name for name, _ in Decoder(model, norm).named_buffers())
 
 
 class WeightFolder:
@@ -173,14 +180,22 @@ class Written:
 
 
 def write_weights(
-    source: WeightFolder, shapes: Shapes, folder: Path, dtype: torch.dtype, shard_bytes: int, note: Note
+    source: WeightFolder,
+    shapes: Shapes,
+    folder: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    note: Note,
+    exact: Container[str] = (),
 ) -> Written:
     """Copy the tensors of `shapes` into `folder` as `dtype`: one file, or shards and an index, as Hugging Face has it.
 
+    exact: names of tensors that are written in fp32 whatever `dtype` is.
     Tensors pass through in pieces: memory does not grow with the model. Raises OSError, and UserError for a
     damaged source.
     """
-    sizes = {name: source.entries[name].numel * dtype.itemsize for name in shapes}
+    types = {name: torch.float32 if name in exact else dtype for name in shapes}
+    sizes = {name: source.entries[name].numel * one.itemsize for name, one in types.items()}
     groups, total = pack(sizes, shard_bytes), sum(sizes.values())
     progress = Progress(total, note)
     records: dict[str, FileRecord] = {}
@@ -188,7 +203,7 @@ def write_weights(
     for number, names in enumerate(groups, 1):
         file = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         entries = {name: shapes[name] for name in names}
-        records[file] = files.write_file(folder / file, _stream(source, entries, dtype, progress))
+        records[file] = files.write_file(folder / file, _stream(source, entries, types, progress))
         homes |= dict.fromkeys(names, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
@@ -196,18 +211,21 @@ def write_weights(
     return Written(records, homes, total)
 
 
-def _stream(source: WeightFolder, shapes: Shapes, dtype: torch.dtype, progress: Progress) -> Iterator[Buffer]:
-    """The bytes of a safetensors file, tensors of one type in the order given."""
+def _stream(
+    source: WeightFolder, shapes: Shapes, types: Mapping[str, torch.dtype], progress: Progress
+) -> Iterator[Buffer]:
+    """The bytes of a safetensors file: wide types first, so that each tensor begins at a multiple of its own."""
+    shapes = {name: shapes[name] for name in sorted(shapes, key=lambda name: -types[name].itemsize)}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + source.entries[name].numel * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + source.entries[name].numel * types[name].itemsize
+        header[name] = {"dtype": DTYPE_NAMES[types[name]], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in shapes:
-        for piece in source.chunks(name, dtype):
+        for piece in source.chunks(name, types[name]):
             data = as_bytes(piece)
             yield data.numpy().data
             progress.add(data.numel())

@@ -54,6 +54,8 @@ def build_decoder(
         else:
             whole = parameter.data if values is None else shard_of(parameter).take(values)
             parameter.data = whole.to(topology.device, dtype)
+    for buffer in decoder.buffers():
+        buffer.data = buffer.data.to(topology.device)  # in place: it keeps its mark
     _sum_partial_gradients(decoder, cfg, topology)
     return decoder
 

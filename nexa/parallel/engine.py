@@ -16,6 +16,7 @@ from nexa.checkpoint.fragment import Fragment
 from nexa.config.schema import Config
 from nexa.hardware import keep_freed_memory
 from nexa.model.decoder import Decoder
+from nexa.model.statistics import tensors_of
 from nexa.optim import build
 from nexa.parallel import private
 from nexa.parallel.build import build_decoder
@@ -195,11 +196,14 @@ class Engine:
         return total
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every parameter, by checkpoint name."""
-        return {name: shard_of(p).shape for name, p in self.module.named_parameters()}
+        """Full shape of every parameter and statistic, by checkpoint name."""
+        return {name: shard_of(tensor).shape for name, tensor in tensors_of(self.module)}
 
     def fragments(self) -> list[Fragment]:
-        """Live views of the master weights and optimizer state this rank owns, made if there are none yet."""
+        """Live views of the master weights and optimizer state this rank owns, made if there are none yet.
+
+        Statistics of the model are weights without a state, which every data-parallel rank has.
+        """
         optimizer = private.client_optimizer(self._engine)
         result = []
         for owned in private.owned_ranges(self._engine):
@@ -217,6 +221,9 @@ class Engine:
                 else:
                     scalars[key] = float(value)
             result.append(Fragment(owned.name, shard, start, stop, tensors, scalars))
+        for name, buffer in self.module.named_buffers():
+            flat = {"weight": buffer.detach().view(-1)}
+            result.append(Fragment(name, shard_of(buffer), 0, buffer.numel(), flat, {}))
         return result
 
     def finish_load(self, scalars: dict[str, dict[str, float]]) -> None:

@@ -164,7 +164,7 @@ def trace(
     """
     leaf = torch.empty_like(like).requires_grad_()
     hooks = [p.register_post_accumulate_grad_hook(_drop) for p in part.parameters()]
-    ledger = _Ledger([leaf, *part.parameters(), *given])
+    ledger = _Ledger([leaf, *part.parameters(), *part.buffers(), *given])
     for name, module in part.named_modules():
         if name in {"self_attn", "mlp"}:
             hooks.append(module.register_forward_pre_hook(lambda *_: setattr(ledger, "in_sublayer", True)))
