@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "nexa.cli.generate",
     "export": "nexa.cli.export",
     "import": "nexa.cli.import_",
+    "convert": "nexa.cli.convert",
 }
 """Command -> its module, which has `add_parser(subparsers)` and sets `handler(arguments) -> exit code`."""
 
