@@ -225,6 +225,32 @@ def _placement_own(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
+_RUNNING = ("powernorm", "unifiednorm")
+"""Kinds with running statistics."""
+
+
+@_reads("norm.kind", "norm.warmup_steps", "train.activation_checkpointing", "train.precision")
+def _running_norm(cfg: Config, world_size: int | None) -> Iterator[str]:
+    norm, recompute = cfg.norm, cfg.train.activation_checkpointing
+    if norm.kind not in _RUNNING:
+        if norm.warmup_steps is not None:
+            yield (
+                f"norm.warmup_steps={norm.warmup_steps}: norm.kind={norm.kind} has no running statistics to warm up; "
+                f"set norm.warmup_steps=null, or norm.kind={' or '.join(_RUNNING)}"
+            )
+        return
+    if recompute != "none":
+        yield (
+            f"train.activation_checkpointing={recompute}: computing a block again would update the running statistics "
+            f"of norm.kind={norm.kind} twice; set train.activation_checkpointing=none"
+        )
+    if cfg.train.precision == "fp16":
+        yield (
+            f"train.precision=fp16: norm.kind={norm.kind} keeps a running statistic of gradients, which the changing "
+            "loss scale would spoil; set train.precision=bf16 or fp32"
+        )
+
+
 # Batches and ranks ------------------------------------------------------------------------------
 
 

@@ -50,6 +50,7 @@ LIMITS: dict[str, Limit] = {
     "model.initializer_range": _POSITIVE,
     "norm.eps": _POSITIVE,
     "norm.gate_rank": _COUNT,
+    "norm.warmup_steps": _NONNEGATIVE,
     "norm.mix_alpha": _SHARE,
     "norm.mix_post_layers": _NONNEGATIVE,
     "norm.deepnorm_alpha": _POSITIVE,

@@ -25,7 +25,17 @@ Placement = Literal[
     "reordered",
     "normformer",
 ]
-NormKind = Literal["rmsnorm", "layernorm", "crmsnorm", "scalenorm", "dyt", "seednorm", "gatednorm"]
+NormKind = Literal[
+    "rmsnorm",
+    "layernorm",
+    "crmsnorm",
+    "scalenorm",
+    "dyt",
+    "seednorm",
+    "gatednorm",
+    "powernorm",
+    "unifiednorm",
+]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -79,6 +89,8 @@ class NormConfig:
     """Epsilon of every norm; null is `model.rms_norm_eps`. `scalenorm` and `dyt` have none."""
     gate_rank: int = 16
     """`gatednorm`: rank of the gate's two matrices."""
+    warmup_steps: int | None = None
+    """`powernorm` and `unifiednorm`: steps before running statistics are used; null is 10000 and 4000."""
     mix_alpha: float = 0.25
     """`mix`: share of the blocks, from the first, that are Post-LN (rounded down)."""
     mix_post_layers: int | None = None
@@ -321,6 +333,10 @@ class Config:
         assert self.train.tokens is not None
         per_step = self.train.global_batch_size * self.data.sequence_length
         return -(-self.train.tokens // per_step)
+
+    def accumulation(self, data_ranks: int) -> int:
+        """Micro-batches that each of so many data-parallel ranks takes in a step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * data_ranks)
 
     @property
     def norm_eps(self) -> float:

@@ -28,7 +28,7 @@ class DecoderStack(nn.Module):
 
     def __init__(self, model: ModelConfig, norm: NormConfig, layers: Layers = WHOLE) -> None:
         super().__init__()
-        make = NormBuilder.of(model, norm)
+        make = NormBuilder.of(model, norm, layers)
         self.head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
         self.rope_theta = model.rope_theta
         self.recompute: Recompute = "none"

@@ -6,13 +6,13 @@ Query, key and value norms are RMSNorm whatever the kind (`attention`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from nexa.config.schema import ModelConfig, NormConfig
-from nexa.model import norms
-from nexa.model.layers import Features
+from nexa.model import norms, running
+from nexa.model.layers import Features, Layers
 from nexa.model.norms import NormSite, Part
 
 
@@ -27,6 +27,8 @@ class Kind:
     source: str
     embed_scale: bool = False
     """A learnable scalar, sqrt(d) at first, multiplies the embedding, because nothing later rescales it."""
+    warning: str = ""
+    """What a run with it says at its start."""
 
 
 KINDS: dict[str, Kind] = {
@@ -49,6 +51,23 @@ KINDS: dict[str, Kind] = {
         "w [n] 1, D [r, n] random, U [n, r] 0",
         "arXiv 2601.22966",
     ),
+    "powernorm": Kind(
+        running.PowerNorm.at,
+        "w u / sqrt(mean over tokens of u^2) + b, u = x / rms(x); running mean after warm-up and in evaluation",
+        "w [n] 1, b [n] 0; statistics running_square [n] 1, running_gradient [n] 0, updates [1] 0",
+        "arXiv 2003.07845",
+        warning="norm.kind=powernorm: while it warms up (norm.warmup_steps) training divides by statistics of the "
+        "batch, so that a token's prediction depends on later tokens; training losses of these steps are no likelihoods, "
+        "validation losses are",
+    ),
+    "unifiednorm": Kind(
+        running.UnifiedNorm.at,
+        "w x / sqrt(mean over tokens of x^2) + b; over 4 passes after warm-up, running mean in evaluation",
+        "w [n] 1, b [n] 0; statistics as powernorm, and recent_squares, recent_gradients [4, n] 0",
+        "arXiv 2208.01313",
+        warning="norm.kind=unifiednorm: training divides by statistics that include the batch's own, so that a token's "
+        "prediction depends on later tokens; training losses are no likelihoods, validation losses are",
+    ),
 }
 
 
@@ -60,14 +79,16 @@ class NormBuilder:
     eps: float
     width: int
     gate_rank: int
+    warmup_steps: int | None = None
+    layers: Layers = field(default_factory=Layers)
 
     @classmethod
-    def of(cls, model: ModelConfig, norm: NormConfig) -> NormBuilder:
+    def of(cls, model: ModelConfig, norm: NormConfig, layers: Layers | None = None) -> NormBuilder:
         """For a configuration. KeyError for an unknown kind (the config check comes first)."""
         eps = model.rms_norm_eps if norm.eps is None else norm.eps
-        return cls(KINDS[norm.kind], eps, model.hidden_size, norm.gate_rank)
+        return cls(KINDS[norm.kind], eps, model.hidden_size, norm.gate_rank, norm.warmup_steps, layers or Layers())
 
     def __call__(self, part: Part, features: Features | None = None, gain: float = 1.0) -> nn.Module:
         """A norm of `part` over `features` (None: the residual stream's), `gain` on its initial weight."""
-        features = Features.whole(self.width) if features is None else features
-        return self.kind.build(NormSite(features, self.eps, self.width, part, self.gate_rank, gain))
+        features = self.layers.stream(self.width) if features is None else features
+        return self.kind.build(NormSite(features, self.eps, self.width, part, self.gate_rank, gain, self.warmup_steps))

@@ -23,6 +23,22 @@ def unchanged(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """All tokens of a forward pass, of which this process has some, and how its gradients stand to the whole batch."""
+
+    average: Callable[[Tensor], Tensor] = unchanged
+    """Mean over the processes of what each has averaged over its own tokens; not differentiated, collective."""
+    gradient_scale: float = 1.0
+    """What gradients are multiplied with here, over those of the mean loss of the whole batch."""
+    passes_per_step: int = 1
+    """Forward passes, each of a micro-batch, of an optimizer step."""
+
+
+ALONE = Tokens()
+"""A process that shares its weights with no other and takes a step after each pass."""
+
+
+@dataclass(frozen=True)
 class Features:
     """A dimension of which this process computes indices [start, stop) of `size`."""
 
@@ -31,11 +47,13 @@ class Features:
     stop: int
     total: Callable[[Tensor], Tensor] = unchanged
     """Sums a statistic [..., k] over the ranks that share the dimension, and its gradient too."""
+    tokens: Tokens = ALONE
+    """Where other processes have these features of other tokens."""
 
     @classmethod
-    def whole(cls, size: int) -> Features:
+    def whole(cls, size: int, tokens: Tokens = ALONE) -> Features:
         """A dimension that no other process shares."""
-        return cls(size, 0, size)
+        return cls(size, 0, size, tokens=tokens)
 
     @property
     def local(self) -> int:
@@ -86,6 +104,10 @@ class Layers:
 
     tensor_size = 1
     """Ranks that share a layer."""
+    stream_tokens: Tokens = ALONE
+    """Of the residual stream."""
+    sublayer_tokens: Tokens = ALONE
+    """Inside a sublayer, which has all tokens of a tensor-parallel group."""
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         """device: of the matrices; `meta` allocates nothing and leaves them to be filled in one by one."""
@@ -93,7 +115,11 @@ class Layers:
 
     def features(self, size: int) -> Features:
         """A dimension inside a sublayer."""
-        return Features.whole(size)
+        return Features.whole(size, self.sublayer_tokens)
+
+    def stream(self, width: int) -> Features:
+        """The features of the residual stream, which every rank has."""
+        return Features.whole(width, self.stream_tokens)
 
     @property
     def enter(self) -> Callable[[Tensor], Tensor]:

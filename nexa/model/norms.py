@@ -47,6 +47,8 @@ class NormSite:
     """Rank of GatedNorm."""
     gain: float = 1.0
     """Factor that the placement puts on the initial weight, whatever that is for the kind."""
+    warmup_steps: int | None = None
+    """Of norms with running statistics; None: the kind's own."""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from nexa.config.schema import Config
 from nexa.model.decoder import Decoder
 from nexa.model.init import draw
-from nexa.model.layers import Layers
+from nexa.model.layers import Layers, Tokens, unchanged
 from nexa.model.precision import DTYPES
+from nexa.parallel import collectives
 from nexa.parallel.topology import Topology
 from nexa.sharding import shard_of
 
@@ -21,6 +23,22 @@ Fill = Callable[[nn.Parameter], nn.Parameter]
 
 def layers_for(cfg: Config, topology: Topology) -> Layers:
     """The makers of layers that `cfg.parallel` asks for; matrices are on the meta device."""
+    layers = _makers(cfg, topology)
+    layers.sublayer_tokens = _tokens(cfg, topology, topology.data_group)
+    # under sequence parallelism all ranks have different tokens of the stream
+    everyone = dist.group.WORLD if cfg.parallel.sequence else topology.data_group
+    assert everyone is not None
+    layers.stream_tokens = _tokens(cfg, topology, everyone)
+    return layers
+
+
+def _tokens(cfg: Config, topology: Topology, group: dist.ProcessGroup) -> Tokens:
+    """Statistics over `group`; gradients as `Engine.forward_backward` scales them."""
+    average = partial(collectives.mean_over, group=group) if group.size() > 1 else unchanged
+    return Tokens(average, topology.data_size, cfg.accumulation(topology.data_size))
+
+
+def _makers(cfg: Config, topology: Topology) -> Layers:
     if topology.tensor_size == 1:
         return Layers("meta")
     if topology.backend == "megatron":

@@ -69,7 +69,7 @@ class Engine:
         initial: with its initial weights; else they are 0, for a checkpoint to be loaded.
         """
         self.topology, self.device, self.config = topology, topology.device, cfg
-        self.accumulation = cfg.train.global_batch_size // (cfg.train.micro_batch_size * topology.data_size)
+        self.accumulation = cfg.accumulation(topology.data_size)
         self.stage, reason = effective_stage(cfg, self.accumulation)
         if reason is not None and topology.is_main:
             logger.info(reason)

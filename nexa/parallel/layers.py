@@ -114,7 +114,7 @@ class NativeLayers(Layers):
     def features(self, size: int) -> Features:
         """This rank's share of a dimension; shares differ by one where the ranks do not divide it."""
         start, stop = (size * rank // self.tensor_size for rank in (self.rank, self.rank + 1))
-        return Features(size, start, stop, partial(collectives.total, group=self.group))
+        return Features(size, start, stop, partial(collectives.total, group=self.group), self.sublayer_tokens)
 
     @property
     def enter(self) -> Crossing:

@@ -41,6 +41,8 @@ def random_model(norm: dict | None = None, seed: int = 0, **model: object) -> De
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        for statistic in decoder.buffers():
+            statistic.add_(torch.rand(statistic.shape, generator=generator))
     return decoder.eval()
 
 

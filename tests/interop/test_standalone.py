@@ -15,6 +15,7 @@ from nexa.interop.standalone.configuration_nexa import NexaConfig
 from nexa.interop.standalone.modeling_nexa import NexaForCausalLM
 from nexa.model.kinds import KINDS
 from nexa.model.placement import PLACEMENTS
+from nexa.model.statistics import tensors_of
 from tests.interop.common import WITHOUT_NEXA, allowed, python, random_ids, random_model
 
 GRID = [{"placement": p, "kind": k, "residual_gain": p == "normformer"} for p in PLACEMENTS for k in KINDS]
@@ -62,7 +63,7 @@ def test_every_placement_kind_and_option_without_nexa(tmp_path):
         decoder = random_model(norm, seed=number, **options).double()
         folder = tmp_path / "grid" / f"{number:03d}"
         folder.mkdir(parents=True)
-        state = {name: p.detach().contiguous() for name, p in decoder.named_parameters()}
+        state = {name: tensor.detach().contiguous() for name, tensor in tensors_of(decoder)}
         save_file(state, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config_of(decoder)))
         with torch.no_grad():

@@ -49,6 +49,9 @@ class Reference:
                 h = y @ s["gate_down.weight"].T
                 h = (h / (1 + torch.exp(-h))) @ s["gate_up.weight"].T
                 return 2 * y / (1 + torch.exp(-h))
+            case "powernorm" | "unifiednorm":  # evaluation
+                u = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) if self.kind == "powernorm" else x
+                return w * u / torch.sqrt(s["running_square"] + self.eps) + s["bias"]
         raise AssertionError(self.kind)
 
     def linear(self, name, x):

@@ -53,6 +53,17 @@ TENSORS = {
     "dyt": {"weight": ("n", 1.0), "alpha": ("1", 1.0)},
     "seednorm": {"weight": ("n", 1.0), "alpha": ("n", 1.0), "beta": ("n", 0.0)},
     "gatednorm": {"weight": ("n", 1.0), "gate_down.weight": ("rn", None), "gate_up.weight": ("nr", 0.0)},
+    "powernorm": {
+        "weight": ("n", 1.0),
+        "bias": ("n", 0.0),
+        "updates": ("1", 0.0),
+        "running_square": ("n", 1.0),
+        "running_gradient": ("n", 0.0),
+    },
+}
+TENSORS["unifiednorm"] = TENSORS["powernorm"] | {
+    "recent_squares": ("4n", 0.0),
+    "recent_gradients": ("4n", 0.0),
 }
 
 
@@ -71,7 +82,9 @@ def test_names_shapes_and_initial_values(kind: str) -> None:
     known = ("embed_tokens", "_proj", "lm_head", "head_scale", "embed_scale")
     assert {name for name in state if not any(word in name for word in known)} == set(expected)
     for name, (n, shape, value) in expected.items():
-        assert tuple(state[name].shape) == {"n": (n,), "1": (1,), "rn": (RANK, n), "nr": (n, RANK)}[shape], name
+        assert (
+            tuple(state[name].shape) == {"n": (n,), "1": (1,), "rn": (RANK, n), "nr": (n, RANK), "4n": (4, n)}[shape]
+        ), name
         if value is None:
             assert state[name].std().item() == pytest.approx(0.02, rel=0.25), name
         else:

@@ -23,14 +23,18 @@ SHAPE = dict(
 
 
 def random_decoder(norm: NormConfig, seed: int = 0, **model) -> Decoder:
-    """Float64, every parameter random: no gain is one, no bias zero."""
+    """Float64, every parameter random: no gain is one, no bias zero. In evaluation mode: `test_running` is about
+    the training mode of the kinds that have one."""
     decoder = Decoder(ModelConfig(**{**SHAPE, **model}), norm).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in decoder.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(noise * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
-    return decoder
+        for buffer in decoder.buffers():
+            # large, so that norms shrink what statistics of random numbers know nothing of
+            buffer.copy_(8 * (0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64)))
+    return decoder.eval()
 
 
 def compare(norm: NormConfig, documents=None, **model) -> None:
@@ -39,6 +43,7 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
     ids = torch.randint(0, 53, (2, 11), generator=generator)
     labels = torch.randint(0, 53, (2, 11), generator=generator)
     state = {name: p.detach().clone().requires_grad_() for name, p in decoder.named_parameters()}
+    state |= dict(decoder.named_buffers())
     options = {
         k: getattr(norm, k)
         for k in ("qk", "embedding", "residual_gain", "mix_alpha", "mix_post_layers", "deepnorm_alpha")

@@ -130,6 +130,42 @@ class GatedNorm(RMSNorm):
         return 2 * y * torch.sigmoid(self.gate_up(F.silu(self.gate_down(y))))
 
 
+class UnifiedNorm(nn.Module):
+    """weight * x / sqrt(running_square + eps) + bias, constants but for x (arXiv 2208.01313).
+
+    The other buffers are what a training run goes on from; here they are only kept.
+    """
+
+    windows = ("recent_squares", "recent_gradients")
+
+    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.eps = eps
+        self.running_square: Tensor
+        shapes = {"updates": (1,), "running_square": (size,), "running_gradient": (size,)}
+        for name, shape in (shapes | dict.fromkeys(self.windows, (4, size))).items():
+            self.register_buffer(name, torch.full(shape, float(name == "running_square"), dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., n]."""
+        return self.scaled(_wide(x)).to(x.dtype) * self.weight + self.bias
+
+    def scaled(self, wide: Tensor) -> Tensor:
+        """Before the weight."""
+        return wide * torch.rsqrt(_wide(self.running_square) + self.eps)
+
+
+class PowerNorm(UnifiedNorm):
+    """The same of x / rms(x) (arXiv 2003.07845)."""
+
+    windows = ()
+
+    def scaled(self, wide: Tensor) -> Tensor:
+        """Before the weight."""
+        return super().scaled(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps))
+
+
 KINDS: dict[str, Any] = {
     "rmsnorm": RMSNorm,
     "layernorm": LayerNorm,
@@ -138,6 +174,8 @@ KINDS: dict[str, Any] = {
     "dyt": DyT,
     "seednorm": SeeDNorm,
     "gatednorm": GatedNorm,
+    "powernorm": PowerNorm,
+    "unifiednorm": UnifiedNorm,
 }
 """Values of `nexa_norm.kind`."""
 
