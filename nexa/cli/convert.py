@@ -14,6 +14,7 @@ Write a checkpoint as a new one that computes the same function with other norms
              move into the linear layers behind them, which therefore have biases; a tied head becomes its own
   crmsnorm   of a layernorm model, or of the result of --to rmsnorm: also without the last coordinate of the
              residual stream, which is minus the sum of the others
+  none       of a model whose norms norm.removal has made constants: the matrices behind them take them over
 
 The placement must be pre or lns, with a final norm. Any other model is refused with the reason. Weights are computed in
 fp64 and written in fp32: logits agree to rounding.
@@ -36,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint directory, or a run's for its newest checkpoint")
     parser.add_argument("destination", metavar="DST", help="checkpoint to make")
-    parser.add_argument("--to", choices=("rmsnorm", "crmsnorm"), required=True, help="kind of norm of the result")
+    parser.add_argument("--to", choices=("rmsnorm", "crmsnorm", "none"), required=True, help="norms of the result")
     parser.set_defaults(handler=run)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nexa.config import norm_checks
 from nexa.config.fields import shorten
 from nexa.config.limits import outside, value_of
 from nexa.config.schema import Config
@@ -249,6 +250,9 @@ def _running_norm(cfg: Config, world_size: int | None) -> Iterator[str]:
             f"train.precision=fp16: norm.kind={norm.kind} keeps a running statistic of gradients, which the changing "
             "loss scale would spoil; set train.precision=bf16 or fp32"
         )
+
+
+_reads("norm.removal.start", "norm.removal.order", "norm.placement", "norm.kind", "norm.final")(norm_checks.removal)
 
 
 # Batches and ranks ------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ Placement = Literal[
     "dssn",
     "reordered",
     "normformer",
+    "none",
 ]
 NormKind = Literal[
     "rmsnorm",
@@ -78,6 +79,20 @@ class ModelConfig:
 
 
 @dataclass
+class RemovalConfig:
+    """Taking the norms out of a trained model one by one (Heimersheim 2024, arXiv 2409.13710)."""
+
+    start: int | None = None
+    """Step after which the first norm divides by a constant; null removes none."""
+    every: int = 20
+    """Steps from one norm to the next."""
+    order: list[Literal["feed_forward", "attention", "final"]] = field(
+        default_factory=lambda: ["feed_forward", "attention", "final"]
+    )
+    """Which norms go, by what reads them; of each sort those of the first blocks first. What is not listed stays."""
+
+
+@dataclass
 class NormConfig:
     """Where normalisation goes and what it computes."""
 
@@ -105,6 +120,8 @@ class NormConfig:
     """`deepnorm`: weight of the skip path; null is (2L)^(1/4)."""
     residual_gain: bool = False
     """`normformer`: learnable gain on the skip path of the feed-forward."""
+    removal: RemovalConfig = field(default_factory=RemovalConfig)
+    """Norms that become constants while training."""
 
 
 @dataclass

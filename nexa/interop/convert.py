@@ -3,7 +3,8 @@
 LayerNorm of x is RMSNorm of x - mean(x). Where all that reads the residual stream reads it through a norm, everything
 that writes to it may as well write vectors of mean zero, and then LayerNorm is RMSNorm; of a vector of mean zero one
 coordinate follows from the others and need not be kept (CRMSNorm). Gains and biases move into the linear layers behind
-the norms (Jiang et al. 2023, arXiv 2305.14858, section 3).
+the norms (Jiang et al. 2023, arXiv 2305.14858, section 3), and so does all of a norm that divides by a constant
+(`nexa.model.removal`).
 
     writers   embedding rows, o_proj, down_proj: minus their mean over d; for crmsnorm without the last coordinate
     readers   q, k, v, gate, up, head: W diag(gain), and W bias as their bias; for crmsnorm W[:, :-1] - W[:, -1:]
@@ -33,7 +34,15 @@ from nexa.model.decoder import parameter_count
 from nexa.model.kinds import NormBuilder
 from nexa.model.placement import block_plans, has_final_norm
 
-Target = Literal["rmsnorm", "crmsnorm"]
+Target = Literal["rmsnorm", "crmsnorm", "none"]
+_RULED = {
+    "model": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings input_bias initializer "
+    "initializer_range attention",
+    "norm": "placement kind eps gate_rank warmup_steps mix_alpha mix_post_layers qk embedding final deepnorm_alpha "
+    "removal",
+}
+"""Keys that the rules here take into account, or that say nothing about the models they let pass."""
 CENTRED = 1e-5
 """Largest share of a mean in what a matrix writes that counts as none: rounding to fp32 leaves about 1e-8."""
 _EMBED_NORM = "model.embed_norm"
@@ -80,6 +89,15 @@ def refusal(model: ModelConfig, norm: NormConfig, target: Target) -> str | None:
         return f"norm.kind={norm.kind}: only layernorm, and what was made of it, is another norm in disguise"
     if norm.kind == target:
         return f"norm.kind={norm.kind}: it is that already"
+    if target == "none" and norm.removal.start is None:
+        return "norm.removal.start=null: its norms divide by what they measure; train on with norm.removal first"
+    if target != "none" and norm.removal.start is not None:
+        return f"norm.removal.start={norm.removal.start}: its norms are being removed; --to none when all are"
+    for group, config in (("model", model), ("norm", norm)):
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.name not in _RULED[group].split() and value != field.default:
+                return f"{group}.{field.name}={value}: conversion has no rule for it, and does not guess"
     for index, plan in enumerate(block_plans(norm, model.num_hidden_layers)):
         sides = plan.attn, plan.mlp
         if plan.mid_norm or any(side.output or side.residual for side in sides):
@@ -98,7 +116,7 @@ def refusal(model: ModelConfig, norm: NormConfig, target: Target) -> str | None:
 
 
 def converted(model: ModelConfig, norm: NormConfig, target: Target) -> tuple[ModelConfig, NormConfig]:
-    """The configuration of the result: untied, gains of one; one coordinate less for crmsnorm, heads as they were."""
+    """The configuration of the result: untied; for crmsnorm one coordinate less and the same heads."""
     less = 1 if target == "crmsnorm" else 0
     sizes = dataclasses.replace(
         model,
@@ -107,6 +125,9 @@ def converted(model: ModelConfig, norm: NormConfig, target: Target) -> tuple[Mod
         tie_word_embeddings=False,
         input_bias=model.input_bias or norm.kind == "layernorm",
     )
+    if target == "none":
+        bare = NormConfig(placement="none", eps=norm.eps, qk=norm.qk)  # of norms, those of queries and keys stay
+        return sizes, bare
     return sizes, dataclasses.replace(norm, kind=target, embedding=False)
 
 
@@ -116,7 +137,7 @@ class Converted:
     def __init__(self, source: Rows, model: ModelConfig, norm: NormConfig, target: Target) -> None:
         """model, norm: of `source`. Nothing is checked here: `refusal` and `check_centred` say whether it is exact."""
         self._source, self._model = source, model
-        self._drop = target == "crmsnorm"
+        self._drop, self._constant = target == "crmsnorm", target == "none"
         self._centre = norm.kind == "layernorm" or self._drop
         self._readers, self._writers = readers(model, norm), frozenset(writers(model))
         self._norm_names = frozenset(f"{reader.norm}.weight" for reader in self._readers.values())
@@ -150,7 +171,10 @@ class Converted:
         return self._source.rows(EMBEDDING if tied else f"{layer}.weight")
 
     def _reader(self, layer: str) -> Iterator[Tensor]:
-        gain = self._vector(f"{self._readers[layer].norm}.weight")
+        reader = self._readers[layer]
+        gain = self._vector(f"{reader.norm}.weight")
+        if self._constant:
+            gain = gain * reader.scale / self._vector(f"{reader.norm}.fixed_rms")
         for rows in self._matrix(layer):
             folded = rows * gain
             yield folded[:, :-1] - folded[:, -1:] if self._drop else folded
@@ -217,12 +241,24 @@ def check_known(shapes: Shapes, model: ModelConfig, norm: NormConfig) -> None:
     layers = readers(model, norm)
     names = {HEAD, EMBEDDING, *writers(model), *(f"{_EMBED_NORM}.{part}" for part in ("weight", "bias"))}
     names |= {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
-    names |= {f"{reader.norm}.{part}" for reader in layers.values() for part in ("weight", "bias")}
+    parts = ("weight", "bias", "fixed_rms", "removed")
+    names |= {f"{reader.norm}.{part}" for reader in layers.values() for part in parts}
     for name in shapes:
         if name not in names and not (".self_attn." in name and name.endswith(_KEPT)):
             raise UserError(
                 f"{name}: conversion has no rule for this tensor; what reads or scales the residual stream here?"
             )
+
+
+def check_removed(source: Rows, model: ModelConfig, norm: NormConfig) -> None:
+    """Raises UserError, naming the first, unless all norms divide by constants."""
+    names = dict.fromkeys(reader.norm for reader in readers(model, norm).values())
+    left = [name for name in names if not bool(next(iter(source.rows(f"{name}.removed")))[0, 0])]
+    if left:
+        raise UserError(
+            f"{left[0]} and {len(left) - 1} other norms still divide by what they measure: train on until "
+            "removal/norms_left is 0 (norm.removal: start, every, and all three in order)"
+        )
 
 
 def convert(
@@ -248,7 +284,9 @@ def convert(
     new_model, new_norm = converted(model, norm, target)
     with WeightFolder(source) as weights:
         weights.compare(shapes, source / catalog.CONFIG)
-        if norm.kind == "rmsnorm":
+        if target == "none":
+            check_removed(weights, model, norm)
+        elif norm.kind == "rmsnorm":
             check_centred(weights, model, norm)
         made, new_shapes = Converted(weights, model, norm, target), parameter_shapes(new_model, new_norm)
         with new_folder(path) as aside:

@@ -44,6 +44,7 @@ def is_llama(model: ModelConfig, norm: NormConfig) -> bool:
         and norm.qk == "none"
         and not norm.embedding
         and norm.final is not False
+        and norm.removal.start is None
         # transformers' attention_bias and mlp_bias put them on the output projections too, and the head has none
         and not model.input_bias
         # LlamaConfig refuses other widths, even with a head_dim

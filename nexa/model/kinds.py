@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from nexa.config.schema import ModelConfig, NormConfig
-from nexa.model import norms, running
+from nexa.model import norms, removal, running
 from nexa.model.layers import Features, Layers
 from nexa.model.norms import NormSite, Part
 
@@ -27,13 +27,23 @@ class Kind:
     source: str
     embed_scale: bool = False
     """A learnable scalar, sqrt(d) at first, multiplies the embedding, because nothing later rescales it."""
+    removable: Callable[[NormSite], nn.Module] | None = None
+    """The same with a denominator that can become a constant; None: there is no such thing."""
     warning: str = ""
     """What a run with it says at its start."""
 
 
 KINDS: dict[str, Kind] = {
-    "rmsnorm": Kind(norms.RMSNorm.at, "w x / rms(x)", "w [n] 1", "arXiv 1910.07467"),
-    "layernorm": Kind(norms.LayerNorm.at, "w (x - mean) / std(x) + b", "w [n] 1, b [n] 0", "arXiv 1607.06450"),
+    "rmsnorm": Kind(
+        norms.RMSNorm.at, "w x / rms(x)", "w [n] 1", "arXiv 1910.07467", removable=removal.RemovableRMSNorm.at
+    ),
+    "layernorm": Kind(
+        norms.LayerNorm.at,
+        "w (x - mean) / std(x) + b",
+        "w [n] 1, b [n] 0",
+        "arXiv 1607.06450",
+        removable=removal.RemovableLayerNorm.at,
+    ),
     "crmsnorm": Kind(
         norms.CRMSNorm.at, "w x / sqrt((sum x^2 + (sum x)^2) / (n + 1) + eps)", "w [n] 1", "arXiv 2305.14858"
     ),
@@ -81,14 +91,23 @@ class NormBuilder:
     gate_rank: int
     warmup_steps: int | None = None
     layers: Layers = field(default_factory=Layers)
+    removal: bool = False
+    """Whether sublayers and head read norms that can be removed."""
 
     @classmethod
     def of(cls, model: ModelConfig, norm: NormConfig, layers: Layers | None = None) -> NormBuilder:
         """For a configuration. KeyError for an unknown kind (the config check comes first)."""
         eps = model.rms_norm_eps if norm.eps is None else norm.eps
-        return cls(KINDS[norm.kind], eps, model.hidden_size, norm.gate_rank, norm.warmup_steps, layers or Layers())
+        removes = norm.removal.start is not None
+        return cls(
+            KINDS[norm.kind], eps, model.hidden_size, norm.gate_rank, norm.warmup_steps, layers or Layers(), removes
+        )
 
     def __call__(self, part: Part, features: Features | None = None, gain: float = 1.0) -> nn.Module:
         """A norm of `part` over `features` (None: the residual stream's), `gain` on its initial weight."""
         features = self.layers.stream(self.width) if features is None else features
-        return self.kind.build(NormSite(features, self.eps, self.width, part, self.gate_rank, gain, self.warmup_steps))
+        build = self.kind.build
+        if self.removal and part != "embedding":
+            assert self.kind.removable is not None  # the config check comes first
+            build = self.kind.removable
+        return build(NormSite(features, self.eps, self.width, part, self.gate_rank, gain, self.warmup_steps))

@@ -1,5 +1,7 @@
 """Conversion to RMSNorm and CRMSNorm: the same function, in fp64 to rounding, and an ordinary checkpoint."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +10,7 @@ from torch.func import functional_call
 import nexa
 from nexa.checkpoint import load
 from nexa.config import check, from_mapping
+from nexa.config.schema import RemovalConfig
 from nexa.errors import UserError
 from nexa.interop import weights
 from nexa.interop.convert import Converted, convert, converted, refusal
@@ -61,7 +64,7 @@ def test_logits_and_gradients_in_fp64(norm, model, target):
     configs, new = turned(state, decoder, target)
     groups = {
         "model": vars(configs[0]),
-        "norm": vars(configs[1]),
+        "norm": asdict(configs[1]),
         "data": {"sequence_length": 20},
         "train": {"steps": 1},
     }
@@ -148,6 +151,26 @@ save_file({{"y": model(torch.tensor({ids.tolist()})).logits.detach()}}, "y.safet
     assert (load_file(tmp_path / "y.safetensors")["y"] - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize(("norm", "model"), CASES[:4])
+def test_constant_norms_move_into_the_matrices(norm, model, kind):
+    """With the fixed scale of LNS, an embedding norm, a tied head; without biases where the kind has none."""
+    norm = norm | {"kind": kind, "removal": RemovalConfig(start=1)}
+    decoder, ids = random_model(norm, **model).double(), random_ids()
+    with torch.no_grad():
+        for name, buffer in decoder.named_buffers():
+            buffer.fill_(1.0 if name.endswith("removed") else 0.3 + torch.rand(()))
+    state = {name: tensor.detach() for name, tensor in decoder.state_dict().items()}
+    configs, new = turned(state, decoder, "none")
+    assert configs[0].input_bias == (kind == "layernorm" or model.get("input_bias", False))
+    assert not any("layernorm" in name for name in new)
+    bare = Decoder(*configs).double()
+    bare.load_state_dict(new)
+    with torch.no_grad():
+        wanted = decoder(ids)
+        assert (bare(ids) - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
 def test_what_has_no_equal():
     """Of all placements and kinds; the two that pass are those that the first test converts."""
     model = random_model().config
@@ -176,6 +199,9 @@ def test_what_has_no_equal():
         ({"kind": "layernorm", "placement": "reordered"}, "rmsnorm", "norm.placement=reordered: block 0"),
         ({"kind": "layernorm", "placement": "normformer"}, "crmsnorm", "norm.placement=normformer: block 0"),
         ({"kind": "layernorm", "final": False}, "rmsnorm", "norm.final=false: the head reads"),
+        ({"kind": "layernorm", "placement": "none"}, "rmsnorm", "norm.placement=none: a sublayer of block 0 reads"),
+        ({"kind": "layernorm", "residual_gain": True}, "rmsnorm", "norm.residual_gain=True: conversion has no rule"),
+        ({"kind": "layernorm"}, "none", "norm.removal.start=null"),
     ],
 )
 def test_mistakes_end_with_code_2_and_nothing_written(tmp_path, capsys, norm, to, message):

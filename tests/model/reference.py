@@ -119,6 +119,9 @@ class Reference:
             n_post = self.o.get("mix_post_layers")
             n_post = int(self.o.get("mix_alpha", 0.25) * self.L) if n_post is None else n_post
             place = "post" if i < n_post else "pre"
+        if place == "none":
+            x = x + a(x)
+            return x + m(x)
         if place == "pre":
             x = x + a(self.norm(pre1, x))
             return x + m(self.norm(pre2, x))
@@ -162,7 +165,7 @@ class Reference:
             x = self.norm("model.embed_norm", x)
         for i in range(self.L):
             x = self.block(i, x, allowed)
-        if self.o.get("final", self.placement != "deepnorm"):
+        if self.o.get("final", self.placement not in {"deepnorm", "none"}):
             x = self.norm("model.norm", x)
         head = self.s.get("lm_head.weight", self.s["model.embed_tokens.weight"])
         return x @ head.T + self.s.get("lm_head.bias", 0.0)
