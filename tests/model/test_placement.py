@@ -27,10 +27,11 @@ def random_decoder(norm: NormConfig, seed: int = 0, **model) -> Decoder:
     the training mode of the kinds that have one."""
     decoder = Decoder(ModelConfig(**{**SHAPE, **model}), norm).double()
     generator = torch.Generator().manual_seed(seed)
+    scale = 0.1 if norm.placement == "none" else 0.3  # without norms the stream grows like a tower of powers
     with torch.no_grad():
         for parameter in decoder.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
+            parameter.copy_(noise * scale + (1.0 if parameter.dim() == 1 else 0.0))
         for buffer in decoder.buffers():
             # large, so that norms shrink what statistics of random numbers know nothing of
             buffer.copy_(8 * (0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64)))
