@@ -67,8 +67,8 @@ KINDS: dict[str, Kind] = {
         "w [n] 1, b [n] 0; statistics running_square [n] 1, running_gradient [n] 0, updates [1] 0",
         "arXiv 2003.07845",
         warning="norm.kind=powernorm: while it warms up (norm.warmup_steps) training divides by statistics of the "
-        "batch, so that a token's prediction depends on later tokens; training losses of these steps are no likelihoods, "
-        "validation losses are",
+        "batch, so that a token's prediction depends on later tokens; training losses of these steps are no "
+        "likelihoods, validation losses are",
     ),
     "unifiednorm": Kind(
         running.UnifiedNorm.at,

@@ -53,7 +53,7 @@ class Cost:
     """The input, which is as large as the output."""
 
     def times(self, factor: int) -> Cost:
-        """That of `factor` as many sequences: there is nothing in it that sequences share."""
+        """That of `factor` as many sequences: they share nothing but a few vectors of norms with statistics."""
         return Cost(*(factor * size for size in dataclasses.astuple(self)))
 
 

@@ -79,6 +79,23 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({"norm__removal__start": 0}, None, "norm.removal.start=0: must be at least 1"),
     ({"norm__removal__every": 0}, None, "norm.removal.every=0: must be at least 1"),
     ({"norm__deepnorm_alpha": 2.0}, None, "norm.deepnorm_alpha=2.0: only norm.placement=deepnorm has it"),
+    ({"norm__warmup_steps": 5}, None, "norm.warmup_steps=5: norm.kind=rmsnorm has no running statistics to warm up"),
+    ({"norm__kind": "powernorm", "norm__warmup_steps": -1}, None, "norm.warmup_steps=-1: must be at least 0"),
+    (
+        {"norm__kind": "powernorm", "train__activation_checkpointing": "full"},
+        None,
+        "train.activation_checkpointing=full: computing a block again would update the running statistics",
+    ),
+    (
+        {"norm__kind": "unifiednorm", "train__activation_checkpointing": "selective"},
+        None,
+        "set train.activation_checkpointing=none",
+    ),
+    (
+        {"norm__kind": "unifiednorm", "train__precision": "fp16"},
+        None,
+        "train.precision=fp16: norm.kind=unifiednorm keeps a running statistic of gradients",
+    ),
     ({"train__global_batch_size": 60}, None, "train.global_batch_size=60: not a multiple of train.micro_batch_size=8"),
     ({"train__global_batch_size": 60}, 1, "= 8; set train.global_batch_size=56 or 64, or train.micro_batch_size=6"),
     ({}, 3, "train.micro_batch_size=8 x 3 data-parallel ranks = 24; set train.global_batch_size=48 or 72"),

@@ -18,6 +18,8 @@ from tests.dist.grid import STAGES, parallel
 
 def case(kind: str, placement: str, stage: int, layout: tuple[int, int, bool]) -> dict:
     norm = {"kind": kind, "gate_rank": 3, "embedding": True, "placement": placement}
+    if kind in {"powernorm", "unifiednorm"}:
+        norm["warmup_steps"] = 6  # then 14 steps of running statistics
     # weights of 1/sqrt(d): with smaller ones DyT would be linear, and a wrong one not seen
     small = {"model": {"num_hidden_layers": 2, "initializer_range": 0.2}, "train": {"micro_batch_size": 8 // layout[1]}}
     return config(norm=norm, parallel=parallel(stage, layout), **small)

