@@ -41,7 +41,7 @@ class RemovalHook(Hook):
         left = len(self._names) - now
         for name, norm in zip(self._names[before:now], self._norms[before:now], strict=True):
             norm.removed.fill_(1.0)
-            logger.info("step %d: %s divides by a constant from now on; %d norms left", step, name, left)
+            logger.info("step %d: %s divides by a constant from now on; norms left: %d", step, name, left)
         shown = now > before or (every > 0 and step % every == 0)
         return {"removal/norms_left": left} if shown else {}
 
