@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nexa.config import norm_checks
+from nexa.config import removal_checks
 from nexa.config.fields import shorten
 from nexa.config.limits import outside, value_of
 from nexa.config.schema import Config
@@ -252,7 +252,7 @@ def _running_norm(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-_reads("norm.removal.start", "norm.removal.order", "norm.placement", "norm.kind", "norm.final")(norm_checks.removal)
+_reads("norm.removal.start", "norm.removal.order", "norm.placement", "norm.kind", "norm.final")(removal_checks.removal)
 
 
 # Batches and ranks ------------------------------------------------------------------------------

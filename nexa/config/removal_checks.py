@@ -1,4 +1,4 @@
-"""Rules of `norm` that need room of their own; `checks` registers them with the keys they read."""
+"""What `norm.removal` goes with; `checks` registers the rule with the keys it reads."""
 
 from __future__ import annotations
 
