@@ -24,6 +24,7 @@ Placement = Literal[
     "dssn",
     "reordered",
     "normformer",
+    "none",
 ]
 NormKind = Literal[
     "rmsnorm",
@@ -83,6 +84,8 @@ class ModelConfig:
     """Epsilon of every norm unless `norm.eps` is set."""
     tie_word_embeddings: bool = False
     """Share the embedding with the output head."""
+    input_bias: bool = False
+    """Biases, 0 at first, on query, key, value, gate and up projections and on the head, as `nexa convert` makes."""
     initializer: Initializer = "normal"
     """Initialisation rule of the matrices: a row of nexa/model/init.py."""
     initializer_range: float = 0.02
@@ -97,6 +100,20 @@ class ModelConfig:
     +-0.01."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """Attention kernel: `auto` takes flash-attn where it is installed and a GPU is used, else PyTorch SDPA."""
+
+
+@dataclass
+class RemovalConfig:
+    """Taking the norms out of a trained model one by one (Heimersheim 2024, arXiv 2409.13710)."""
+
+    start: int | None = None
+    """Step after which the first norm divides by a constant; null removes none."""
+    every: int = 20
+    """Steps from one norm to the next."""
+    order: list[Literal["feed_forward", "attention", "final"]] = field(
+        default_factory=lambda: ["feed_forward", "attention", "final"]
+    )
+    """Which norms go, by what reads them; of each sort those of the first blocks first. What is not listed stays."""
 
 
 @dataclass
@@ -141,6 +158,8 @@ class NormConfig:
     """The (initial) factor of branch_scale; null is the method's own."""
     residual_gain: bool = False
     """`normformer`: learnable gain on the skip path of the feed-forward."""
+    removal: RemovalConfig = field(default_factory=RemovalConfig)
+    """Norms that become constants while training."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 from nexa.api import read_config
 from nexa.checkpoint import catalog, files, load
 from nexa.config.schema import ModelConfig, NormConfig
+from nexa.errors import UserError
 from nexa.interop import tokenizer_files
 from nexa.interop.destination import check_free, new_folder
 from nexa.interop.huggingface import NEXA, from_config_json
@@ -58,6 +59,11 @@ def export(
     catalog.verify_parts(source, ("model", catalog.CONFIG, GENERATION, *tokenizer_files.FILES))
     config = read_config(source)
     model, norm = from_config_json(config, where=str(source / catalog.CONFIG))
+    if norm.removal.start is not None:
+        raise UserError(
+            f"{source / catalog.CONFIG}: norm.removal.start={norm.removal.start}: its norms are being removed, which "
+            f"an exported folder cannot say; when all are, export the result of `nexa convert {source} DST --to none`"
+        )
     shapes = parameter_shapes(model, norm)
     with WeightFolder(source) as weights:
         weights.compare(shapes, source / catalog.CONFIG)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -44,6 +46,13 @@ def statistics(model: ModelConfig, norm: NormConfig) -> frozenset[str]:
         return frozenset(name for name, _ in Decoder(model, norm).named_buffers())
 
 
+class Weights(Protocol):
+    """Tensors that can be written."""
+
+    def chunks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """A tensor as `dtype`, row-major, in 1-D pieces of bounded size."""
+
+
 class WeightFolder:
     """`model.safetensors`, or the files of its index, in a folder. Use as a context manager.
 
@@ -71,14 +80,21 @@ class WeightFolder:
         """Where a tensor is."""
         return self._homes[name].path
 
-    def chunks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """A tensor as `dtype`, row-major, in 1-D pieces of bounded size.
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        """A matrix [m, n] in fp64, some of its rows [r, n] at a time; a vector is one row. Raises as `chunks`."""
+        width = self.entries[name].shape[-1]
+        for piece in self.chunks(name, torch.float64, width):
+            yield piece.view(-1, width)
+
+    def chunks(self, name: str, dtype: torch.dtype, unit: int = 1) -> Iterator[torch.Tensor]:
+        """A tensor as `dtype`, row-major, in 1-D pieces of bounded size: multiples of `unit` elements, one at least.
 
         Raises UserError for values that are not finite, or are not any more in `dtype`.
         """
         entry = self.entries[name]
-        for low in range(0, entry.numel, PIECE):
-            piece = torch.empty(min(PIECE, entry.numel - low), dtype=entry.dtype)
+        step = max(1, PIECE // unit) * unit
+        for low in range(0, entry.numel, step):
+            piece = torch.empty(min(step, entry.numel - low), dtype=entry.dtype)
             self._homes[name].read_into(name, low, piece)
             converted = piece.to(dtype)
             if not bool(torch.isfinite(converted).all()):
@@ -180,7 +196,7 @@ class Written:
 
 
 def write_weights(
-    source: WeightFolder,
+    source: Weights,
     shapes: Shapes,
     folder: Path,
     dtype: torch.dtype,
@@ -195,7 +211,7 @@ def write_weights(
     damaged source.
     """
     types = {name: torch.float32 if name in exact else dtype for name in shapes}
-    sizes = {name: source.entries[name].numel * one.itemsize for name, one in types.items()}
+    sizes = {name: math.prod(shapes[name]) * one.itemsize for name, one in types.items()}
     groups, total = pack(sizes, shard_bytes), sum(sizes.values())
     progress = Progress(total, note)
     records: dict[str, FileRecord] = {}
@@ -211,15 +227,13 @@ def write_weights(
     return Written(records, homes, total)
 
 
-def _stream(
-    source: WeightFolder, shapes: Shapes, types: Mapping[str, torch.dtype], progress: Progress
-) -> Iterator[Buffer]:
+def _stream(source: Weights, shapes: Shapes, types: Mapping[str, torch.dtype], progress: Progress) -> Iterator[Buffer]:
     """The bytes of a safetensors file: wide types first, so that each tensor begins at a multiple of its own."""
     shapes = {name: shapes[name] for name in sorted(shapes, key=lambda name: -types[name].itemsize)}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + source.entries[name].numel * types[name].itemsize
+        begin, end = end, end + math.prod(shape) * types[name].itemsize
         header[name] = {"dtype": DTYPE_NAMES[types[name]], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

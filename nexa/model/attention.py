@@ -110,9 +110,9 @@ class SelfAttention(nn.Module):
         width, kv_width = all_heads * self.head_dim, all_kv_heads * self.head_dim
         make_kv = layers.column if kv_shared else layers.whole
         self._enter = layers.enter
-        self.q_proj = layers.column(model.hidden_size, width)
-        self.k_proj = make_kv(model.hidden_size, kv_width)
-        self.v_proj = make_kv(model.hidden_size, kv_width)
+        self.q_proj = layers.column(model.hidden_size, width, model.input_bias)
+        self.k_proj = make_kv(model.hidden_size, kv_width, model.input_bias)
+        self.v_proj = make_kv(model.hidden_size, kv_width, model.input_bias)
         self.o_proj = layers.row(width, model.hidden_size)
         gates = {"none": 0, "elementwise": width, "headwise": all_heads}[model.attention_gate]
         self.gate_proj = layers.column(model.hidden_size, gates) if gates else None

@@ -30,7 +30,7 @@ class Block(nn.Module):
         self.attn_norm = _site_norms("attention", plan.attn, make)
         self.post_attention_layernorm = make("feed_forward") if plan.mlp.input else None
         mid_norm = make("feed_forward", layers.features(model.intermediate_size)) if plan.mid_norm else None
-        self.mlp = FeedForward(model.hidden_size, model.intermediate_size, layers, mid_norm)
+        self.mlp = FeedForward(model, layers, mid_norm)
         if norm.residual_gain:
             self.mlp.residual_gain = nn.Parameter(torch.ones(model.hidden_size))
         self.mlp_norm = _site_norms("feed_forward", plan.mlp, make)

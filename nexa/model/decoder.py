@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.norm_config = model, norm
         self.model = DecoderStack(model, norm, layers)
-        self.lm_head = layers.head(model.hidden_size, model.vocab_size)
+        self.lm_head = layers.head(model.hidden_size, model.vocab_size, model.input_bias)
         self.lm_head.chunk_tokens = loss_chunk_tokens
         self.lm_head.fixnorm = model.fixnorm and model.tie_word_embeddings
         if model.tie_word_embeddings:

@@ -33,6 +33,7 @@ _ROLES = {
 }
 _INSIDE = {"self_attn.gate_proj": "attn_gate"}
 """Names that mean something else inside this module."""
+_WITH_BIAS = frozenset({"q", "k", "v", "gate", "up", "head"})
 _OUTPUTS = frozenset({"o", "down"})
 FIXNORM_RANGE = 0.01
 """FixNorm draws its embedding from U(-0.01, 0.01) under every rule (code of arXiv 1910.05895)."""
@@ -182,6 +183,13 @@ def role_of(name: str) -> str | None:
     return _INSIDE.get(".".join(parts[-3:-1])) or _ROLES.get(parts[-2])
 
 
+def bias_role(name: str) -> str | None:
+    """Role of the matrix whose bias (`model.input_bias`) this parameter is; None for everything else."""
+    parts = name.split(".")
+    role = _ROLES.get(parts[-2]) if parts[-1] == "bias" else None
+    return role if role in _WITH_BIAS else None
+
+
 def layer_index(name: str) -> int | None:
     """Block number in a checkpoint name, None outside blocks."""
     parts = name.split(".")
@@ -195,7 +203,9 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def draw(name: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig, seed: int) -> Tensor | None:
-    """Initial fp32 values of matrix `name`, on the CPU; None for a parameter whose constructor sets it."""
+    """Initial fp32 values of matrix or bias `name`, on the CPU; None for a parameter whose constructor sets it."""
+    if bias_role(name) is not None:
+        return torch.zeros(shape)
     role = role_of(name)
     if role is None:
         return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from nexa.config.schema import ModelConfig, NormConfig
-from nexa.model import bounded, norms, running
+from nexa.model import bounded, norms, removal, running
 from nexa.model.layers import Features, Layers
 from nexa.model.norms import FeatureNorm, NormSite, Part
 
@@ -29,13 +29,23 @@ class Kind:
     """A learnable scalar, sqrt(d) at first, multiplies the embedding, because nothing later rescales it."""
     paired: bool = False
     """The norm before the feed-forward is given its variance by the one before attention (`bounded.BHyT`)."""
+    removable: Callable[[NormSite], nn.Module] | None = None
+    """The same with a denominator that can become a constant; None: there is no such thing."""
     warning: str = ""
     """What a run with it says at its start."""
 
 
 KINDS: dict[str, Kind] = {
-    "rmsnorm": Kind(norms.RMSNorm.at, "w x / rms(x)", "w [n] 1", "arXiv 1910.07467"),
-    "layernorm": Kind(norms.LayerNorm.at, "w (x - mean) / std(x) + b", "w [n] 1, b [n] 0", "arXiv 1607.06450"),
+    "rmsnorm": Kind(
+        norms.RMSNorm.at, "w x / rms(x)", "w [n] 1", "arXiv 1910.07467", removable=removal.RemovableRMSNorm.at
+    ),
+    "layernorm": Kind(
+        norms.LayerNorm.at,
+        "w (x - mean) / std(x) + b",
+        "w [n] 1, b [n] 0",
+        "arXiv 1607.06450",
+        removable=removal.RemovableLayerNorm.at,
+    ),
     "crmsnorm": Kind(
         norms.CRMSNorm.at, "w x / sqrt((sum x^2 + (sum x)^2) / (n + 1) + eps)", "w [n] 1", "arXiv 2305.14858"
     ),
@@ -98,18 +108,25 @@ class NormBuilder:
     pre_affine: bool = False
     warmup_steps: int | None = None
     layers: Layers = field(default_factory=Layers)
+    removal: bool = False
+    """Whether sublayers and head read norms that can be removed."""
 
     @classmethod
     def of(cls, model: ModelConfig, norm: NormConfig, layers: Layers | None = None) -> NormBuilder:
         """For a configuration. KeyError for an unknown kind (the config check comes first)."""
         eps = model.rms_norm_eps if norm.eps is None else norm.eps
         own = norm.gate_rank, norm.pre_affine, norm.warmup_steps
-        return cls(KINDS[norm.kind], eps, model.hidden_size, *own, layers or Layers())
+        removes = norm.removal.start is not None
+        return cls(KINDS[norm.kind], eps, model.hidden_size, *own, layers or Layers(), removes)
 
     def __call__(self, part: Part, features: Features | None = None, gain: float = 1.0) -> nn.Module:
         """A norm of `part` over `features` (None: the residual stream's), `gain` on its initial weight."""
         features = self.layers.stream(self.width) if features is None else features
-        norm = self.kind.build(NormSite(features, self.eps, self.width, part, self.gate_rank, gain, self.warmup_steps))
+        build = self.kind.build
+        if self.removal and part != "embedding":
+            assert self.kind.removable is not None  # the config check comes first
+            build = self.kind.removable
+        norm = build(NormSite(features, self.eps, self.width, part, self.gate_rank, gain, self.warmup_steps))
         if self.pre_affine:
             assert isinstance(norm, FeatureNorm)  # the config check comes first
             norm.add_pre_weight()

@@ -111,9 +111,9 @@ class Head(nn.Linear):
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """hidden [..., d] -> logits [..., V], or with labels [...] the summed loss, scalar."""
         if labels is None:
-            return F.linear(hidden, self.matrix)
+            return F.linear(hidden, self.matrix, self.bias)
         flat = hidden.reshape(-1, hidden.shape[-1]), self.matrix, labels.flatten()
-        return linear_cross_entropy(*flat, self.chunk_tokens, self.kernel)
+        return linear_cross_entropy(*flat, self.chunk_tokens, self.kernel, self.bias)
 
     def compile_kernel(self) -> None:
         """Use the compiled kernel of the loss from now on."""
@@ -147,13 +147,13 @@ class Layers:
         """Bring the residual stream [B, T, d] (or a share of its tokens) into a sublayer."""
         return unchanged
 
-    def whole(self, in_features: int, out_features: int) -> nn.Module:
+    def whole(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         """A matrix that every rank has whole."""
-        return nn.Linear(in_features, out_features, bias=False, device=self.device)
+        return nn.Linear(in_features, out_features, bias=bias, device=self.device)
 
-    def column(self, in_features: int, out_features: int) -> nn.Module:
+    def column(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         """From the entered stream to this rank's features."""
-        return self.whole(in_features, out_features)
+        return self.whole(in_features, out_features, bias)
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
         """From this rank's features back to the residual stream, which includes the sum over ranks."""
@@ -163,6 +163,6 @@ class Layers:
         """ids [B, T] -> residual stream [B, T, d] (or a share of its tokens)."""
         return nn.Embedding(vocabulary, width, device=self.device)
 
-    def head(self, width: int, vocabulary: int) -> Head:
+    def head(self, width: int, vocabulary: int, bias: bool = False) -> Head:
         """From the residual stream to logits [..., V] or the loss."""
-        return Head(width, vocabulary, bias=False, device=self.device)
+        return Head(width, vocabulary, bias=bias, device=self.device)

@@ -148,6 +148,7 @@ PLACEMENTS: dict[str, Row] = {
     "lns": Row(_lns),
     "deepnorm": Row(_deepnorm, final=False, matrix_gain=_deepnorm_gain),
     "normformer": Row(lambda site: BlockPlan(_IN_OUT, _IN, head_scale=site.norm.head_scale, mid_norm=True)),
+    "none": Row(lambda site: BlockPlan(SublayerPlan(), SublayerPlan()), final=False),
 }
 
 

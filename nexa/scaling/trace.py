@@ -302,7 +302,7 @@ def _structure(plan: BlockPlan) -> Any:
 def _logits(model: ModelConfig, rows: Tensor, chunk: int) -> Cost:
     """The head with the loss, on hidden states [N, d]; it makes its weight's gradient in the forward pass."""
     with shapes_only():
-        head = Head(model.hidden_size, model.vocab_size, bias=False).to(rows.dtype)
+        head = Head(model.hidden_size, model.vocab_size, bias=model.input_bias).to(rows.dtype)
         head.fixnorm = model.fixnorm and model.tie_word_embeddings
         labels = torch.empty(len(rows), dtype=torch.int64)
-    return trace(head, lambda x: linear_cross_entropy(x, head.matrix, labels, chunk), rows, [labels])
+    return trace(head, lambda x: linear_cross_entropy(x, head.matrix, labels, chunk, bias=head.bias), rows, [labels])

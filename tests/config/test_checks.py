@@ -18,8 +18,11 @@ def config(**changed: Any) -> Config:
     """A valid configuration with some keys changed; `__` stands for the dot."""
     mapping: dict[str, dict[str, Any]] = {}
     for name, value in {**GOOD, **{key.replace("__", "."): value for key, value in changed.items()}}.items():
-        group, leaf = name.split(".")
-        mapping.setdefault(group, {})[leaf] = value
+        *groups, leaf = name.split(".")
+        inside = mapping
+        for group in groups:
+            inside = inside.setdefault(group, {})
+        inside[leaf] = value
     return from_mapping(mapping)
 
 
@@ -70,6 +73,16 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({"norm__placement": "hybrid", "norm__qk": "rms"}, None, "norm.qk=rms: norm.placement=hybrid already normalises"),
     ({"norm__placement": "hybrid_star", "norm__qk": "cosine"}, None, "set norm.qk=none"),
     ({"norm__residual_gain": True}, None, "only norm.placement=normformer has it, not pre"),
+    (
+        {"norm__removal__start": 5, "norm__placement": "post"},
+        None,
+        "start=5: norm.placement=post has norms",
+    ),
+    ({"norm__removal__start": 5, "norm__kind": "dyt"}, None, "norm.removal.start=5: norm.kind=dyt is not linear"),
+    ({"norm__removal__start": 5, "norm__final": False}, None, "norm.removal.start=5: norm.final=false leaves"),
+    ({"norm__removal__start": 5, "norm__removal__order": []}, None, "norm.removal.order=[]: must name one or more"),
+    ({"norm__removal__start": 0}, None, "norm.removal.start=0: must be at least 1"),
+    ({"norm__removal__every": 0}, None, "norm.removal.every=0: must be at least 1"),
     ({"norm__deepnorm_alpha": 2.0}, None, "norm.deepnorm_alpha=2.0: only norm.placement=deepnorm has it"),
     ({"norm__head_scale": "output"}, None, "norm.head_scale=output: only norm.placement=normformer scales heads"),
     (
@@ -186,11 +199,7 @@ def test_every_rule_is_broken_by_some_case():
 
 @pytest.mark.parametrize("name", sorted(LIMITS))
 def test_every_limit_excludes_minus_one(name: str):
-    group, leaf = name.split(".")
-    value = [-1.0, 0.5] if name == "optim.betas" else -1
-    found = check(
-        from_mapping({"train": {"steps": 100}} | {group: {**({"steps": 100} if group == "train" else {}), leaf: value}})
-    )
+    found = check(config(**{name.replace(".", "__"): [-1.0, 0.5] if name == "optim.betas" else -1}))
     assert any(text.startswith(f"{name}=") and "must be" in text for text in found), found
 
 

@@ -66,7 +66,8 @@ def test_every_placement_kind_and_option_without_nexa(tmp_path):
     ids, expected = random_ids(), {}
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
     for number, norm in enumerate(GRID):
-        model = {"tie_word_embeddings": number % 3 == 0} | {key: norm[key] for key in MODEL_KEYS & norm.keys()}
+        model = {"tie_word_embeddings": number % 3 == 0, "input_bias": number % 5 == 0}
+        model |= {key: norm[key] for key in MODEL_KEYS & norm.keys()}
         only_norm = {key: value for key, value in norm.items() if key not in MODEL_KEYS}
         decoder = random_model(only_norm, seed=number, **model).double()
         folder = tmp_path / "grid" / f"{number:03d}"

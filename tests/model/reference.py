@@ -61,6 +61,10 @@ class Reference:
                 return w * u / torch.sqrt(s["running_square"] + self.eps) + s["bias"]
         raise AssertionError(self.kind)
 
+    def linear(self, name, x):
+        """With the bias that only models with `model.input_bias` have."""
+        return x @ self.s[f"{name}.weight"].T + self.s.get(f"{name}.bias", 0.0)
+
     def rope(self, x):
         """[B, heads, T, dh]: rotate pairs (j, j + dh/2) by t * theta^(-2j/dh)."""
         T, dh = x.shape[-2:]
@@ -78,7 +82,7 @@ class Reference:
         dh = self.s[p + "q_proj.weight"].shape[0] // self.h
         qkv = {}
         for n, heads in (("q", self.h), ("k", self.g), ("v", self.g)):
-            y = x @ self.s[f"{p}{n}_proj.weight"].T
+            y = self.linear(f"{p}{n}_proj", x)
             if self.o.get("qk") == "rms_full" and n in "qk":
                 y = rms(y, self.s[f"{p}{n}_norm.weight"], self.eps)
             y = y.view(B, T, heads, dh)
@@ -121,8 +125,8 @@ class Reference:
 
     def mlp(self, i, x):
         p = f"model.layers.{i}.mlp."
-        a = x @ self.s[p + "gate_proj.weight"].T
-        y = a * torch.sigmoid(a) * (x @ self.s[p + "up_proj.weight"].T)
+        a = self.linear(p + "gate_proj", x)
+        y = a * torch.sigmoid(a) * self.linear(p + "up_proj", x)
         if self.placement == "normformer":
             y = self.norm(p + "mid_norm", y)
         return y @ self.s[p + "down_proj.weight"].T
@@ -166,6 +170,9 @@ class Reference:
             second = self.mean_square_after_attention(i, x, s)
             x = x + a(s * self.norm(pre1, x))
             return x + m(s * self.norm(pre2, x, second))
+        if place == "none":
+            x = x + a(x)
+            return x + m(x)
         if place == "pre":
             x = x + a(self.norm(pre1, x))
             return x + m(self.norm(pre2, x))
@@ -212,7 +219,7 @@ class Reference:
             x = self.norm("model.embed_norm", x)
         for i in range(self.L):
             x = self.block(i, x, allowed)
-        if self.o.get("final", self.placement != "deepnorm"):
+        if self.o.get("final", self.placement not in {"deepnorm", "none"}):
             x = self.norm("model.norm", x)
         head = self.s.get("lm_head.weight", table)
-        return x @ head.T
+        return x @ head.T + self.s.get("lm_head.bias", 0.0)

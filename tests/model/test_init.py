@@ -10,13 +10,14 @@ import torch
 
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.decoder import Decoder, flops_per_token, parameter_count
-from nexa.model.init import RULES, initialise, layer_index, role_of
+from nexa.model.init import RULES, bias_role, initialise, layer_index, role_of
+from nexa.optim.build import decays
 
 D, F, L, V = 128, 192, 3, 512
 
 
 def build(
-    rule: str = "normal", placement: str = "pre", layers: int = L, seed: int = 0, shape: float = 2.0
+    rule: str = "normal", placement: str = "pre", layers: int = L, seed: int = 0, **model_keys
 ) -> dict[str, torch.Tensor]:
     model = ModelConfig(
         vocab_size=V,
@@ -25,7 +26,7 @@ def build(
         num_hidden_layers=layers,
         num_attention_heads=4,
         initializer=rule,
-        initializer_shape=shape,
+        **model_keys,
     )
     norm = NormConfig(placement=placement)  # type: ignore[arg-type]
     decoder = Decoder(model, norm)
@@ -84,7 +85,7 @@ def test_moments(rule: str) -> None:
 
 @pytest.mark.parametrize("shape", [0.7, 1.0, 4.0])
 def test_generalised_gaussian_has_the_rule_s_deviation_and_its_own_tails(shape: float) -> None:
-    state = build(shape=shape)
+    state = build(initializer_shape=shape)
     values = torch.cat([state[name].flatten() for name in NAMES]).double() / 0.02
     gamma = math.gamma
     fourth = gamma(5 / shape) * gamma(1 / shape) / gamma(3 / shape) ** 2
@@ -99,10 +100,10 @@ def test_generalised_gaussian_has_the_rule_s_deviation_and_its_own_tails(shape: 
 
 
 def test_generalised_gaussian_obeys_the_cut_and_the_seed() -> None:
-    cut = build("truncated", shape=1.0)
+    cut = build("truncated", initializer_shape=1.0)
     assert 0.95 * 0.06 < cut[NAMES[0]].abs().max() <= 0.06
-    assert torch.equal(cut[NAMES[0]], build("truncated", shape=1.0)[NAMES[0]])
-    assert not torch.equal(cut[NAMES[0]], build("truncated", shape=1.0, seed=1)[NAMES[0]])
+    assert torch.equal(cut[NAMES[0]], build("truncated", initializer_shape=1.0)[NAMES[0]])
+    assert not torch.equal(cut[NAMES[0]], build("truncated", initializer_shape=1.0, seed=1)[NAMES[0]])
 
 
 def test_deepnorm_gain_is_beta_on_value_output_and_feed_forward() -> None:
@@ -134,6 +135,17 @@ def test_weights_depend_on_seed_and_name_only() -> None:
     assert not torch.equal(
         shallow["model.layers.0.self_attn.q_proj.weight"], shallow["model.layers.1.self_attn.q_proj.weight"]
     )
+
+
+def test_biases_start_at_zero_and_move_no_other_weight() -> None:
+    plain, state = build(), build(input_bias=True)
+    biases = {name for name in state if bias_role(name) is not None}
+    layers = [f"self_attn.{n}_proj" for n in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+    wanted = {f"model.layers.{i}.{layer}.bias" for i in range(L) for layer in layers} | {"lm_head.bias"}
+    assert biases == wanted == set(state) - set(plain)
+    assert all(not state[name].any() and not decays(name, decay_norms=True) for name in biases)
+    assert all(torch.equal(state[name], plain[name]) for name in plain)
+    assert bias_role("model.norm.bias") is None
 
 
 def test_roles_and_layers_from_names() -> None:

@@ -51,7 +51,8 @@ OTHER_SIZES = {name for name in EXPERIMENTS if any(name.endswith(f"_{size}") for
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHER_SIZES)) for n in EXPERIMENTS])
 def test_two_steps(name: str, topology: Topology, embedded_cache: Path, tmp_path: Path) -> None:
-    cfg = compose([f"+exp={name}", *SHRINK, f"data.cache_dir={embedded_cache}", f"run.dir={tmp_path}"])
+    new = ["resume.mode=auto", "resume.path=null"]  # also what goes on from a trained model begins anew here
+    cfg = compose([f"+exp={name}", *SHRINK, *new, f"data.cache_dir={embedded_cache}", f"run.dir={tmp_path}"])
     assert check(cfg, world_size=1) == []
     folder = RunFolder(cfg)
     folder.open(cfg, topology)

@@ -69,9 +69,9 @@ class Attention(nn.Module):
         self.layer, self.head_dim, eps = layer, config.head_dim, _eps(config)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         d, width, kv_width = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(d, width, bias=False)
-        self.k_proj = nn.Linear(d, kv_width, bias=False)
-        self.v_proj = nn.Linear(d, kv_width, bias=False)
+        self.q_proj = nn.Linear(d, width, bias=config.nexa_input_bias)
+        self.k_proj = nn.Linear(d, kv_width, bias=config.nexa_input_bias)
+        self.v_proj = nn.Linear(d, kv_width, bias=config.nexa_input_bias)
         self.o_proj = nn.Linear(width, d, bias=False)
         qk, norms = config.nexa_norm.get("qk", "none"), plan.get("head_norms", ())
         per_head = {*norms, *(("q", "k") if qk == "rms" else ())}
@@ -136,8 +136,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: NexaConfig, plan: Plan) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.nexa_input_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.nexa_input_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.mid_norm = _norm(config, config.intermediate_size) if plan.get("mid_norm") else None
         gain = config.nexa_norm.get("residual_gain")
@@ -265,7 +265,7 @@ class NexaForCausalLM(PreTrainedModel, GenerationMixin):
         """Raises ValueError for a kind of norm that this file does not know."""
         super().__init__(config)
         self.model = Stack(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.nexa_input_bias)
         self.post_init()
 
     def forward(
