@@ -2,8 +2,8 @@
 
     python -m benchmarks.studies.placements --data STORE --out DIR [--jobs 2] [--smoke]
 
-Stopped, the same command goes on. 16 blocks of width 96 (1.8M parameters without embeddings), 500 steps of 2,048
-tokens, AdamW with decay 0.1, clipping at 1, cosine to a tenth after 50 steps of warm-up. What differs between
+Stopped, the same command goes on. 16 blocks of width 96 (1.8M parameters without embeddings), 300 steps of 2,048
+tokens, AdamW with decay 0.1, clipping at 1, cosine to a tenth after 30 steps of warm-up. What differs between
 variants is in `VARIANTS` and nowhere else.
 """
 
@@ -34,15 +34,15 @@ COMMON = (
     "model.num_hidden_layers=16",
     "model.num_attention_heads=4",
     "data.sequence_length=128",
-    "train.steps=500",
+    "train.steps=300",
     "train.global_batch_size=16",
     "train.micro_batch_size=16",
     "schedule=cosine",
-    "schedule.warmup_steps=50",
+    "schedule.warmup_steps=30",
     "schedule.min_lr_ratio=0.1",
-    "checkpoint.every=250",
+    "checkpoint.every=150",
     "checkpoint.keep_last=1",
-    "eval.every=125",
+    "eval.every=100",
     "eval.batches=32",
     "log.every=5",
     "log.norms_every=10",
