@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Shard:
             at += length * (whole_rows or 1)
 
 
-def shard_of(parameter: nn.Parameter) -> Shard:
-    """What `parameter` is a part of; a parameter that says nothing is whole. Works for partitioned (ZeRO-3) ones."""
+def shard_of(parameter: Tensor) -> Shard:
+    """What `parameter`, or a buffer, is a part of; without a mark it is whole. Works for partitioned (ZeRO-3) ones."""
     mark: Shard | None = getattr(parameter, "nexa_shard", None)
     return Shard.whole(tuple(getattr(parameter, "ds_shape", parameter.shape))) if mark is None else mark

@@ -23,6 +23,7 @@ COMMANDS = {
     "diagnose": "nexa.cli.diagnose",
     "export": "nexa.cli.export",
     "import": "nexa.cli.import_",
+    "convert": "nexa.cli.convert",
 }
 """Command -> its module, which has `add_parser(subparsers)` and sets `handler(arguments) -> exit code`."""
 

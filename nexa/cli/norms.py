@@ -93,5 +93,10 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         marks = ["no" if f"{placement} {kind}" in found["refused"] else "yes" for kind in KINDS]
         cells = " ".join(f"{mark:<{len(kind)}}" for mark, kind in zip(marks, KINDS, strict=True))
         yield f"  {placement:<12} {cells}".rstrip()
+    same: dict[tuple[str, str], list[str]] = {}
     for pair, problems in found["refused"].items():
-        yield f"  {pair}: {'; '.join(problems)}"
+        placement, kind = pair.split()
+        why = "; ".join(problems).replace(f", norm.placement={placement}:", ":")
+        same.setdefault((kind, why), []).append(placement)
+    for (kind, why), placements in same.items():
+        yield f"  {', '.join(placements)} {kind}: {why}"

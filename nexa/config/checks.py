@@ -7,36 +7,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from nexa.config.fields import shorten
 from nexa.config.limits import outside, value_of
+from nexa.config.norm_checks import NORM_CHECKS
+from nexa.config.rules import Check, multiples, reads
 from nexa.config.schema import Config
 
-Rule = Callable[[Config, int | None], Iterator[str]]
-
-
-@dataclass(frozen=True)
-class Check:
-    """A rule and the keys it reads; it is skipped when one of them is already known to be wrong."""
-
-    keys: tuple[str, ...]
-    rule: Rule
-
-
 CHECKS: list[Check] = []
-
-
-def _reads(*keys: str) -> Callable[[Rule], Rule]:
-    """Register a rule with the keys that it reads."""
-
-    def register(rule: Rule) -> Rule:
-        CHECKS.append(Check(keys, rule))
-        return rule
-
-    return register
+_reads = partial(reads, CHECKS)
 
 
 def check(cfg: Config, world_size: int | None = None) -> list[str]:
@@ -67,12 +49,6 @@ def problems(cfg: Config, world_size: int | None, bad: set[str]) -> list[str]:
 def _set(cfg: Config, *names: str) -> str:
     """`a=1, b=2` for messages."""
     return ", ".join(f"{name}={shorten(value_of(cfg, name))}" for name in names)
-
-
-def _multiples(value: int, divisor: int) -> str:
-    """The multiples of `divisor` around `value`: `48 or 64`."""
-    below = value // divisor * divisor
-    return f"{below} or {below + divisor}" if below else str(divisor)
 
 
 # Length of the run ------------------------------------------------------------------------------
@@ -155,7 +131,7 @@ def _head_size(cfg: Config, world_size: int | None) -> Iterator[str]:
     size, heads = model.hidden_size, model.num_attention_heads
     shown = _set(cfg, "model.hidden_size", "model.num_attention_heads")
     if size % heads:
-        fitting = _multiples(size, heads)
+        fitting = multiples(size, heads)
         yield f"{shown}: heads must divide the width; set model.hidden_size={fitting}, or model.head_dim"
     elif size // heads % 2:
         yield f"{shown}: the head size {size // heads} must be even for rotary embedding; change one of them"
@@ -190,39 +166,9 @@ def _flash(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-# Norms ------------------------------------------------------------------------------------------
+# Norms: a file of their own ---------------------------------------------------------------------
 
-
-@_reads("norm.placement", "norm.mix_post_layers", "model.num_hidden_layers")
-def _mix_layers(cfg: Config, world_size: int | None) -> Iterator[str]:
-    layers, post = cfg.model.num_hidden_layers, cfg.norm.mix_post_layers
-    if post is not None and post > layers:
-        yield f"norm.mix_post_layers={post}: at most model.num_hidden_layers={layers}"
-    elif post is not None and cfg.norm.placement != "mix":
-        yield f"norm.mix_post_layers={post}: only norm.placement=mix has it, not {cfg.norm.placement}; set it to null"
-
-
-@_reads("norm.placement", "norm.qk")
-def _qk_once(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if cfg.norm.qk != "none" and cfg.norm.placement in ("hybrid", "hybrid_star"):
-        yield (
-            f"norm.qk={cfg.norm.qk}: norm.placement={cfg.norm.placement} already normalises queries, keys and values; "
-            "set norm.qk=none"
-        )
-
-
-@_reads("norm.placement", "norm.residual_gain", "norm.deepnorm_alpha")
-def _placement_own(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if cfg.norm.residual_gain and cfg.norm.placement != "normformer":
-        yield (
-            f"norm.residual_gain=true: only norm.placement=normformer has it, not {cfg.norm.placement}; "
-            "set norm.residual_gain=false"
-        )
-    if cfg.norm.deepnorm_alpha is not None and cfg.norm.placement != "deepnorm":
-        yield (
-            f"norm.deepnorm_alpha={cfg.norm.deepnorm_alpha}: only norm.placement=deepnorm has it, "
-            f"not {cfg.norm.placement}; set norm.deepnorm_alpha=null"
-        )
+CHECKS += NORM_CHECKS
 
 
 # Batches and ranks ------------------------------------------------------------------------------
@@ -242,7 +188,7 @@ def _batch_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
         fitting = max((n for n in range(1, micro) if share % n == 0), default=0) if batch % ranks == 0 else 0
         yield (
             f"train.global_batch_size={batch}: not a multiple of train.micro_batch_size={micro}{over} = {micro * ranks}"
-            f"; set train.global_batch_size={_multiples(batch, micro * ranks)}"
+            f"; set train.global_batch_size={multiples(batch, micro * ranks)}"
             + (f", or train.micro_batch_size={fitting}" if fitting else "")
         )
 
@@ -266,7 +212,7 @@ def _tensor_divides(cfg: Config, world_size: int | None) -> Iterator[str]:
             other = ", or parallel.backend=native" if name == "intermediate_size" else ""
             yield (
                 f"model.{name}={value}: not divisible by parallel.tensor={tensor}; "
-                f"set model.{name}={_multiples(value, tensor)}, or parallel.tensor={math.gcd(value, tensor)}{other}"
+                f"set model.{name}={multiples(value, tensor)}, or parallel.tensor={math.gcd(value, tensor)}{other}"
             )
 
 
@@ -284,7 +230,7 @@ def _sequence_shares(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield (
             f"parallel.sequence=true: the {tokens} tokens of train.micro_batch_size x data.sequence_length cannot be "
             f"shared out over parallel.tensor={tensor}; set data.sequence_length="
-            f"{_multiples(cfg.data.sequence_length, tensor)} or parallel.sequence=false"
+            f"{multiples(cfg.data.sequence_length, tensor)} or parallel.sequence=false"
         )
 
 
@@ -394,7 +340,7 @@ def _permanent(cfg: Config, world_size: int | None) -> Iterator[str]:
     elif permanent and permanent % every:
         yield (
             f"checkpoint.permanent_every={permanent}: not a multiple of checkpoint.every={every}, so these steps are "
-            f"not saved; set checkpoint.permanent_every={_multiples(permanent, every)}"
+            f"not saved; set checkpoint.permanent_every={multiples(permanent, every)}"
         )
 
 

@@ -133,8 +133,14 @@ def type_name(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_name(argument) for argument in arguments)
     if origin is list:
-        return f"list of {_PLURALS.get(arguments[0]) or '{' + ', '.join(hints(arguments[0])) + '}'}"
+        return f"list of {_plural(arguments[0])}"
     return _NAMES.get(hint) or "mapping"
+
+
+def _plural(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(map(str, typing.get_args(hint)))
+    return _PLURALS.get(hint) or "{" + ", ".join(hints(hint)) + "}"
 
 
 _NAMES: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text", type(None): "null"}

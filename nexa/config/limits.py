@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +49,17 @@ LIMITS: dict[str, Limit] = {
     "model.rope_theta": _POSITIVE,
     "model.rms_norm_eps": _POSITIVE,
     "model.initializer_range": _POSITIVE,
+    "model.initializer_shape": Limit(0.2, 20),
     "norm.eps": _POSITIVE,
     "norm.gate_rank": _COUNT,
+    "norm.bhyt_tokens": _COUNT,
+    "norm.warmup_steps": _NONNEGATIVE,
     "norm.mix_alpha": _SHARE,
     "norm.mix_post_layers": _NONNEGATIVE,
     "norm.deepnorm_alpha": _POSITIVE,
+    "norm.branch_scale_value": _POSITIVE,
+    "norm.removal.start": _COUNT,
+    "norm.removal.every": _COUNT,
     "data.tokenizer_vocab_size": _COUNT,
     "data.sequence_length": _COUNT,
     "data.prefetch": _NONNEGATIVE,
@@ -92,8 +99,7 @@ LIMITS: dict[str, Limit] = {
 
 def value_of(cfg: Config, name: str) -> Any:
     """The value of a leaf by its dotted name."""
-    group, leaf = name.split(".")
-    return getattr(getattr(cfg, group), leaf)
+    return functools.reduce(getattr, name.split("."), cfg)
 
 
 def outside(cfg: Config) -> Iterator[tuple[str, str]]:

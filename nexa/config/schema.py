@@ -24,8 +24,37 @@ Placement = Literal[
     "dssn",
     "reordered",
     "normformer",
+    "none",
 ]
-NormKind = Literal["rmsnorm", "layernorm", "crmsnorm", "scalenorm", "dyt", "seednorm", "gatednorm"]
+NormKind = Literal[
+    "rmsnorm",
+    "layernorm",
+    "crmsnorm",
+    "scalenorm",
+    "dyt",
+    "seednorm",
+    "gatednorm",
+    "eln",
+    "bhyt",
+    "powernorm",
+    "unifiednorm",
+]
+Initializer = Literal[
+    "normal",
+    "truncated",
+    "scaled",
+    "scaled_depth",
+    "llama",
+    "llama_depth",
+    "fan_in",
+    "mitchell",
+    "tinyllama",
+    "transformers_without_tears",
+    "small_init",
+    "tiny_init",
+    "full_megatron",
+    "xavier",
+]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -55,14 +84,36 @@ class ModelConfig:
     """Epsilon of every norm unless `norm.eps` is set."""
     tie_word_embeddings: bool = False
     """Share the embedding with the output head."""
-    initializer: Literal["normal", "scaled", "llama_depth", "small_init", "tiny_init", "full_megatron", "xavier"] = (
-        "normal"
-    )
+    input_bias: bool = False
+    """Biases, 0 at first, on query, key, value, gate and up projections and on the head, as `nexa convert` makes."""
+    initializer: Initializer = "normal"
     """Initialisation rule of the matrices: a row of nexa/model/init.py."""
     initializer_range: float = 0.02
-    """Standard deviation of the `normal` and `scaled` rules."""
+    """Standard deviation of the rules `normal`, `truncated`, `scaled` and `scaled_depth`."""
+    initializer_shape: float = 2.0
+    """Shape of the distribution at the rule's standard deviation, a generalised Gaussian: 2 normal, 1 Laplace."""
+    attention_gate: Literal["none", "elementwise", "headwise"] = "none"
+    """Gate sigmoid(W x) on what attention's output projection reads, for each feature or each head; x is what attention
+    reads."""
+    fixnorm: bool = False
+    """Embedding rows are used with length sqrt(hidden_size), and by a tied head with length 1; they start uniform in
+    +-0.01."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """Attention kernel: `auto` takes flash-attn where it is installed and a GPU is used, else PyTorch SDPA."""
+
+
+@dataclass
+class RemovalConfig:
+    """Taking the norms out of a trained model one by one (Heimersheim 2024, arXiv 2409.13710)."""
+
+    start: int | None = None
+    """Step after which the first norm divides by a constant; null removes none."""
+    every: int = 20
+    """Steps from one norm to the next."""
+    order: list[Literal["feed_forward", "attention", "final"]] = field(
+        default_factory=lambda: ["feed_forward", "attention", "final"]
+    )
+    """Which norms go, by what reads them; of each sort those of the first blocks first. What is not listed stays."""
 
 
 @dataclass
@@ -77,6 +128,8 @@ class NormConfig:
     """Epsilon of every norm; null is `model.rms_norm_eps`. `scalenorm` and `dyt` have none."""
     gate_rank: int = 16
     """`gatednorm`: rank of the gate's two matrices."""
+    warmup_steps: int | None = None
+    """`powernorm` and `unifiednorm`: steps before running statistics are used; null is 10000 and 4000."""
     mix_alpha: float = 0.25
     """`mix`: share of the blocks, from the first, that are Post-LN (rounded down)."""
     mix_post_layers: int | None = None
@@ -89,8 +142,24 @@ class NormConfig:
     """Norm before the head; null is false for `deepnorm`, true for all others."""
     deepnorm_alpha: float | None = None
     """`deepnorm`: weight of the skip path; null is (2L)^(1/4)."""
+    pre_affine: bool = False
+    """Learnable weight on what a norm reads, 1 at first: kinds with statistics over features, not q, k, v norms."""
+    bhyt_tokens: int | None = None
+    """`bhyt`: T of its variance approximation, in the paper the length of training sequences; null is
+    `model.max_position_embeddings`."""
+    head_scale: Literal["heads", "output"] = "heads"
+    """`normformer`: scale heads before the output projection, or as fairseq does as many pieces of its output."""
+    depth_scaling: bool = False
+    """Multiply what every input norm gives by 1/sqrt(l) in block l, counted from 1: `lns`, which always has it,
+    combined with another placement."""
+    branch_scale: Literal["none", "fixed", "skip_init", "layer_scale"] = "none"
+    """Factor on each sublayer's result: fixed 1/sqrt(2L), or learned, one number (SkipInit) or d (LayerScale)."""
+    branch_scale_value: float | None = None
+    """The (initial) factor of branch_scale; null is the method's own."""
     residual_gain: bool = False
     """`normformer`: learnable gain on the skip path of the feed-forward."""
+    removal: RemovalConfig = field(default_factory=RemovalConfig)
+    """Norms that become constants while training."""
 
 
 @dataclass
@@ -258,6 +327,9 @@ class EvalConfig:
     """Packed stores to evaluate on; null is the validation split of every training source."""
     at_end: bool = True
     """Evaluate after the last step."""
+    harness_compatible: bool = False
+    """Beside the true loss write `val/<source>/harness_loss`, the number that the GaLore family of trainers (Mix-LN and
+    LayerNorm Scaling among them) reports: divided by one batch too many, and so too low."""
 
 
 @dataclass
@@ -330,6 +402,10 @@ class Config:
         assert self.train.tokens is not None
         per_step = self.train.global_batch_size * self.data.sequence_length
         return -(-self.train.tokens // per_step)
+
+    def accumulation(self, data_ranks: int) -> int:
+        """Micro-batches that each of so many data-parallel ranks takes in a step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * data_ranks)
 
     @property
     def norm_eps(self) -> float:

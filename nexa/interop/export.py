@@ -10,17 +10,19 @@ from typing import Any
 from nexa.api import read_config
 from nexa.checkpoint import catalog, files, load
 from nexa.config.schema import ModelConfig, NormConfig
+from nexa.errors import UserError
 from nexa.interop import tokenizer_files
 from nexa.interop.destination import check_free, new_folder
 from nexa.interop.huggingface import NEXA, from_config_json
-from nexa.interop.weights import SHARD_BYTES, Note, WeightFolder, parameter_shapes, write_weights
+from nexa.interop.weights import SHARD_BYTES, Note, WeightFolder, parameter_shapes, statistics, write_weights
 from nexa.model.placement import SublayerPlan, block_plans, has_final_norm
 from nexa.model.precision import DTYPES
 
 GENERATION = "generation_config.json"
-MODULES = {"configuration_nexa.py": "AutoConfig", "modeling_nexa.py": "AutoModelForCausalLM"}
-"""Modules that a folder carries when transformers does not know the model, and the auto classes they serve."""
-_CLASSES = {"AutoConfig": "NexaConfig", "AutoModelForCausalLM": "NexaForCausalLM"}
+MODULES = ("configuration_nexa.py", "modeling_nexa.py", "norms_nexa.py")
+"""Modules that a folder carries when transformers does not know the model."""
+_CLASSES = {"AutoConfig": "configuration_nexa.NexaConfig", "AutoModelForCausalLM": "modeling_nexa.NexaForCausalLM"}
+"""Auto classes that they serve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +47,9 @@ def export(
 ) -> Exported:
     """Write a checkpoint, or a run's newest one, as a new folder that transformers opens.
 
-    dtype: a key of `DTYPES`. A LLaMA is written as `model_type: llama`; any other model is `nexa` and carries the
-    modules of `nexa.interop.standalone`. Weights are copied in pieces: memory does not grow with the model.
+    dtype: a key of `DTYPES`; statistics stay fp32. A LLaMA is written as `model_type: llama`; any other model is
+    `nexa` and carries the modules of `nexa.interop.standalone`. Weights are copied in pieces: memory does not grow
+    with the model.
     Raises UserError when the checkpoint is damaged (naming the file), when `destination` is there already, when it
     cannot be written, and for weights that `dtype` cannot hold.
     """
@@ -56,11 +59,17 @@ def export(
     catalog.verify_parts(source, ("model", catalog.CONFIG, GENERATION, *tokenizer_files.FILES))
     config = read_config(source)
     model, norm = from_config_json(config, where=str(source / catalog.CONFIG))
+    if norm.removal.start is not None:
+        raise UserError(
+            f"{source / catalog.CONFIG}: norm.removal.start={norm.removal.start}: its norms are being removed, which "
+            f"an exported folder cannot say; when all are, export the result of `nexa convert {source} DST --to none`"
+        )
     shapes = parameter_shapes(model, norm)
     with WeightFolder(source) as weights:
         weights.compare(shapes, source / catalog.CONFIG)
         with new_folder(target) as folder:
-            written = write_weights(weights, shapes, folder, DTYPES[dtype], shard_bytes, note)
+            kept = statistics(model, norm)
+            written = write_weights(weights, shapes, folder, DTYPES[dtype], shard_bytes, note, kept)
             tokenizer = tokenizer_files.write_tokenizer(source, config, folder)
             config["torch_dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
             if config["model_type"] == NEXA:
@@ -84,8 +93,7 @@ def standalone_config(model: ModelConfig, norm: NormConfig) -> dict[str, Any]:
     for plan in block_plans(norm, model.num_hidden_layers):
         block = dataclasses.asdict(plan) | {"attn": _sublayer(plan.attn), "mlp": _sublayer(plan.mlp)}
         blocks.append({key: value for key, value in block.items() if value or key in {"attn", "mlp"}})
-    homes = {auto: f"{Path(name).stem}.{_CLASSES[auto]}" for name, auto in MODULES.items()}
-    return {"auto_map": homes, "nexa_plan": {"blocks": blocks, "final_norm": has_final_norm(norm)}}
+    return {"auto_map": dict(_CLASSES), "nexa_plan": {"blocks": blocks, "final_norm": has_final_norm(norm)}}
 
 
 @functools.cache

@@ -18,7 +18,9 @@ LLAMA, NEXA = "llama", "nexa"
 _ARCHITECTURES = {LLAMA: "LlamaForCausalLM", NEXA: "NexaForCausalLM"}
 _NOT_OF_THE_MODEL = frozenset({"attention"})
 """Fields of ModelConfig about the machine, not the function."""
-_OURS = {"initializer": "nexa_initializer"}
+_OURS = {
+    name: f"nexa_{name}" for name in ("initializer", "initializer_shape", "input_bias", "attention_gate", "fixnorm")
+}
 """Our fields that mean nothing to transformers, under a name that cannot collide with one of its own."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _LLAMA_DEFAULTS = {"max_position_embeddings": 2048}
@@ -43,7 +45,15 @@ def is_llama(model: ModelConfig, norm: NormConfig) -> bool:
         and norm.kind == "rmsnorm"
         and norm.qk == "none"
         and not norm.embedding
+        and not norm.depth_scaling
+        and norm.branch_scale == "none"
         and norm.final is not False
+        and not norm.pre_affine
+        and model.attention_gate == "none"
+        and not model.fixnorm
+        and norm.removal.start is None
+        # transformers' attention_bias and mlp_bias put them on the output projections too, and the head has none
+        and not model.input_bias
         # LlamaConfig refuses other widths, even with a head_dim
         and model.hidden_size % model.num_attention_heads == 0
     )

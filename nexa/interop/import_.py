@@ -20,6 +20,7 @@ from nexa.interop.destination import check_free, new_folder
 from nexa.interop.export import GENERATION
 from nexa.interop.huggingface import config_json, from_config_json
 from nexa.interop.weights import SHARD_BYTES, Note, Shapes, WeightFolder, Written, parameter_shapes, write_weights
+from nexa.model.decoder import parameter_count
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED = ".rotary_emb.inv_freq"
@@ -71,15 +72,14 @@ def import_folder(source: str | Path, destination: str | Path, *, note: Note = l
         _check_weights(weights, shapes, model.tie_word_embeddings)
         with new_folder(target) as aside:
             written = write_weights(weights, shapes, aside, torch.float32, SHARD_BYTES, note)
-            extra = {name: _copy(folder, aside, name) for name in (*tokenizer_files.FILES, GENERATION)}
-            records = {name: record for name, record in extra.items() if record is not None}
+            records = copy_beside(folder, aside)
             eos = _first(config.get("eos_token_id"))
             ours = config_json(model, norm, eos_token_id=eos) | {"bos_token_id": _first(config.get("bos_token_id"))}
             if "nexa_tokenizer" in config:
                 ours["nexa_tokenizer"] = config["nexa_tokenizer"]
             records[catalog.CONFIG] = files.write_json(aside / catalog.CONFIG, ours)
-            _complete(aside, written, shapes, records, {"imported_from": str(folder.absolute())})
-    count = written.total_bytes // torch.float32.itemsize
+            complete(aside, written, shapes, records, {"imported_from": str(folder.absolute())})
+    count = parameter_count(model, norm)
     return Imported(target, model, norm, count, written.total_bytes, tokenizer_files.TOKENIZER in records)
 
 
@@ -117,12 +117,13 @@ def _check_weights(weights: WeightFolder, shapes: Shapes, tied: bool) -> None:
     weights.compare(shapes, weights.folder / catalog.CONFIG)
 
 
-def _copy(source: Path, target: Path, name: str) -> files.FileRecord | None:
-    path = source / name
-    return files.write_file(target / name, files.read_chunks(path)) if path.is_file() else None
+def copy_beside(source: Path, target: Path) -> dict[str, files.FileRecord]:
+    """Copy the tokenizer and the settings of generation, of which any may be absent."""
+    present = [name for name in (*tokenizer_files.FILES, GENERATION) if (source / name).is_file()]
+    return {name: files.write_file(target / name, files.read_chunks(source / name)) for name in present}
 
 
-def _complete(
+def complete(
     folder: Path, written: Written, shapes: Shapes, extra: dict[str, files.FileRecord], origin: dict[str, Any]
 ) -> None:
     """State, manifest and marker: what makes a folder with weights a checkpoint (see `nexa.checkpoint.commit`)."""

@@ -36,7 +36,8 @@ class NexaForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         model, norm = config.parts()
         self.model = DecoderStack(model, norm)
-        self.lm_head = Head(model.hidden_size, model.vocab_size, bias=False)
+        self.lm_head = Head(model.hidden_size, model.vocab_size, bias=model.input_bias)
+        self.lm_head.fixnorm = model.fixnorm and model.tie_word_embeddings
         self.post_init()
 
     def forward(

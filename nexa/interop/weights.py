@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -18,6 +20,7 @@ from nexa.checkpoint.safetensors_io import DTYPE_NAMES, TensorEntry, TensorFile,
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.errors import UserError
 from nexa.model.decoder import Decoder
+from nexa.model.statistics import tensors_of
 
 WEIGHTS = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
@@ -32,9 +35,22 @@ _LISTED = 10
 
 
 def parameter_shapes(model: ModelConfig, norm: NormConfig) -> Shapes:
-    """Name and shape of every parameter of a model, a tied head left out; allocates nothing."""
+    """Name and shape of every parameter and statistic of a model, a tied head left out; allocates nothing."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Decoder(model, norm).named_parameters()}
+        return {name: tuple(tensor.shape) for name, tensor in tensors_of(Decoder(model, norm))}
+
+
+def statistics(model: ModelConfig, norm: NormConfig) -> frozenset[str]:
+    """Names of the tensors that are fp32 in every file; allocates nothing."""
+    with torch.device("meta"):
+        return frozenset(name for name, _ in Decoder(model, norm).named_buffers())
+
+
+class Weights(Protocol):
+    """Tensors that can be written."""
+
+    def chunks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """A tensor as `dtype`, row-major, in 1-D pieces of bounded size."""
 
 
 class WeightFolder:
@@ -64,14 +80,21 @@ class WeightFolder:
         """Where a tensor is."""
         return self._homes[name].path
 
-    def chunks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """A tensor as `dtype`, row-major, in 1-D pieces of bounded size.
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        """A matrix [m, n] in fp64, some of its rows [r, n] at a time; a vector is one row. Raises as `chunks`."""
+        width = self.entries[name].shape[-1]
+        for piece in self.chunks(name, torch.float64, width):
+            yield piece.view(-1, width)
+
+    def chunks(self, name: str, dtype: torch.dtype, unit: int = 1) -> Iterator[torch.Tensor]:
+        """A tensor as `dtype`, row-major, in 1-D pieces of bounded size: multiples of `unit` elements, one at least.
 
         Raises UserError for values that are not finite, or are not any more in `dtype`.
         """
         entry = self.entries[name]
-        for low in range(0, entry.numel, PIECE):
-            piece = torch.empty(min(PIECE, entry.numel - low), dtype=entry.dtype)
+        step = max(1, PIECE // unit) * unit
+        for low in range(0, entry.numel, step):
+            piece = torch.empty(min(step, entry.numel - low), dtype=entry.dtype)
             self._homes[name].read_into(name, low, piece)
             converted = piece.to(dtype)
             if not bool(torch.isfinite(converted).all()):
@@ -173,14 +196,22 @@ class Written:
 
 
 def write_weights(
-    source: WeightFolder, shapes: Shapes, folder: Path, dtype: torch.dtype, shard_bytes: int, note: Note
+    source: Weights,
+    shapes: Shapes,
+    folder: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    note: Note,
+    exact: Container[str] = (),
 ) -> Written:
     """Copy the tensors of `shapes` into `folder` as `dtype`: one file, or shards and an index, as Hugging Face has it.
 
+    exact: names of tensors that are written in fp32 whatever `dtype` is.
     Tensors pass through in pieces: memory does not grow with the model. Raises OSError, and UserError for a
     damaged source.
     """
-    sizes = {name: source.entries[name].numel * dtype.itemsize for name in shapes}
+    types = {name: torch.float32 if name in exact else dtype for name in shapes}
+    sizes = {name: math.prod(shapes[name]) * one.itemsize for name, one in types.items()}
     groups, total = pack(sizes, shard_bytes), sum(sizes.values())
     progress = Progress(total, note)
     records: dict[str, FileRecord] = {}
@@ -188,7 +219,7 @@ def write_weights(
     for number, names in enumerate(groups, 1):
         file = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         entries = {name: shapes[name] for name in names}
-        records[file] = files.write_file(folder / file, _stream(source, entries, dtype, progress))
+        records[file] = files.write_file(folder / file, _stream(source, entries, types, progress))
         homes |= dict.fromkeys(names, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
@@ -196,18 +227,19 @@ def write_weights(
     return Written(records, homes, total)
 
 
-def _stream(source: WeightFolder, shapes: Shapes, dtype: torch.dtype, progress: Progress) -> Iterator[Buffer]:
-    """The bytes of a safetensors file, tensors of one type in the order given."""
+def _stream(source: Weights, shapes: Shapes, types: Mapping[str, torch.dtype], progress: Progress) -> Iterator[Buffer]:
+    """The bytes of a safetensors file: wide types first, so that each tensor begins at a multiple of its own."""
+    shapes = {name: shapes[name] for name in sorted(shapes, key=lambda name: -types[name].itemsize)}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + source.entries[name].numel * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + math.prod(shape) * types[name].itemsize
+        header[name] = {"dtype": DTYPE_NAMES[types[name]], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in shapes:
-        for piece in source.chunks(name, dtype):
+        for piece in source.chunks(name, types[name]):
             data = as_bytes(piece)
             yield data.numpy().data
             progress.add(data.numel())

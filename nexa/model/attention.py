@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.errors import UserError
 from nexa.model.layers import Features, Layers
-from nexa.model.norms import FullWidthRMSNorm, RMSNorm
+from nexa.model.norms import FullWidthRMSNorm, RMSNorm, at_least_fp32
 from nexa.model.placement import BlockPlan
 from nexa.model.rope import apply_rope
 
@@ -81,7 +81,11 @@ def kv_heads_of(heads: Features, kv_heads: int) -> list[int]:
 
 
 class SelfAttention(nn.Module):
-    """o(softmax(q k^T * scale) v); norms and scales as `plan` and `norm.qk` say, all before rotation."""
+    """o(softmax(q k^T * scale) v); norms and scales as `plan` and `norm.qk` say, all before rotation.
+
+    With `model.attention_gate` what o reads is multiplied by sigmoid(gate(x)), a number for each feature or each head
+    (Qiu et al. 2025, arXiv 2505.06708).
+    """
 
     watch: Callable[[Tensor, Tensor, float], None] | None = None
     """Shown q [B, T, heads, head_dim], k [B, S, kv_heads, head_dim] and the scale, just before they meet: logits."""
@@ -95,6 +99,8 @@ class SelfAttention(nn.Module):
         heads = layers.features(all_heads)
         kv_heads = layers.features(all_kv_heads) if kv_shared else Features.whole(all_kv_heads)
         self.heads, self.kv_heads = heads.local, kv_heads.local
+        self._heads = heads
+        self._known_gain: tuple[list[object], Tensor] | None = None
         self.kv_taken = None if kv_shared else kv_heads_of(heads, all_kv_heads)
         self.head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
         available, reason = flash_status()
@@ -104,10 +110,12 @@ class SelfAttention(nn.Module):
         width, kv_width = all_heads * self.head_dim, all_kv_heads * self.head_dim
         make_kv = layers.column if kv_shared else layers.whole
         self._enter = layers.enter
-        self.q_proj = layers.column(model.hidden_size, width)
-        self.k_proj = make_kv(model.hidden_size, kv_width)
-        self.v_proj = make_kv(model.hidden_size, kv_width)
+        self.q_proj = layers.column(model.hidden_size, width, model.input_bias)
+        self.k_proj = make_kv(model.hidden_size, kv_width, model.input_bias)
+        self.v_proj = make_kv(model.hidden_size, kv_width, model.input_bias)
         self.o_proj = layers.row(width, model.hidden_size)
+        gates = {"none": 0, "elementwise": width, "headwise": all_heads}[model.attention_gate]
+        self.gate_proj = layers.column(model.hidden_size, gates) if gates else None
         heads_with_norm = plan.head_norms + (("q", "k") if norm.qk == "rms" else ())
         one_head = Features.whole(self.head_dim)
         self.q_norm = RMSNorm(one_head, eps) if "q" in heads_with_norm else None
@@ -121,7 +129,10 @@ class SelfAttention(nn.Module):
             # Henry et al. 2020, equation 4: log2(L^2 - L) for the longest usual sequence L
             nn.Parameter(torch.tensor([math.log2(max(longest**2 - longest, 2))])) if norm.qk == "cosine" else None
         )
-        self.head_scale = heads.vector(1.0) if plan.head_scale else None
+        # pieces of the output are those of a sum over ranks, so every rank has the scales of all
+        scaled = {"": None, "heads": heads, "output": Features.whole(all_heads)}[plan.head_scale]
+        self.head_scale = None if scaled is None else scaled.vector(1.0)
+        self._scales_output = plan.head_scale == "output"
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, d] or [tokens, d] -> the same."""
@@ -146,9 +157,45 @@ class SelfAttention(nn.Module):
         if self.watch is not None:
             self.watch(q, k, scale)
         y = self._attend(q, k, v, scale, context)
-        if self.head_scale is not None:
+        if self.gate_proj is not None:
+            y = y * torch.sigmoid(self.gate_proj(x)).view(*context.shape, self.heads, -1)
+        if self.head_scale is not None and not self._scales_output:
             y = y * self.head_scale[:, None]
-        return self.o_proj(y.reshape(*x.shape[:-1], self.heads * self.head_dim))
+        result: Tensor = self.o_proj(y.reshape(*x.shape[:-1], self.heads * self.head_dim))
+        if self.head_scale is not None and self._scales_output:
+            result = (result.unflatten(-1, (len(self.head_scale), -1)) * self.head_scale[:, None]).flatten(-2)
+        return result
+
+    def value_gain(self) -> Tensor:
+        """|W_O W_V|_F^2 over all heads, values repeated for the query heads that share them: fp32 scalar, no gradient.
+
+        Costs 2 d^2 times the width of the values, and between ranks one sum of [d, d]. In eval mode it is remembered
+        until a weight changes, because a decoding step does less than that; under tensor parallelism it is not, as
+        ranks must agree on when to communicate.
+        """
+        v, o = self.v_proj.weight, self.o_proj.weight
+        assert isinstance(v, Tensor) and isinstance(o, Tensor)
+        if self.training or self._heads.local < self._heads.size or torch.compiler.is_compiling():
+            return self._value_gain(v, o)
+        state: list[object] = [(w.data_ptr(), w._version, w.dtype, w.device) for w in (v, o)]
+        if self._known_gain is None or self._known_gain[0] != state:
+            self._known_gain = state, self._value_gain(v, o)
+        return self._known_gain[1]
+
+    @torch.no_grad()
+    def _value_gain(self, v: Tensor, o: Tensor) -> Tensor:
+        values = v.view(self.kv_heads, self.head_dim, -1)
+        if self.kv_taken is not None:
+            values = values[self.kv_taken]
+        # columns of W_O that meet the same values add up
+        outputs = o.view(len(o), len(values), -1, self.head_dim).sum(2)
+        product = self._heads.total(outputs.flatten(1) @ values.flatten(0, 1))
+        return at_least_fp32(product).square().sum()
+
+    def train(self, mode: bool = True) -> SelfAttention:
+        """As of every module; an engine may have changed weights unseen since."""
+        self._known_gain = None
+        return super().train(mode)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, context: AttentionContext) -> Tensor:
         """q [B, T, heads, head_dim], k and v [B, S, kv_heads, head_dim] -> [B, T, heads, head_dim]."""

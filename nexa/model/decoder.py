@@ -14,7 +14,7 @@ from nexa.model.attention import AttentionContext, document_boundaries, document
 from nexa.model.block import Block
 from nexa.model.cache import Cache
 from nexa.model.kinds import NormBuilder
-from nexa.model.layers import Layers
+from nexa.model.layers import Layers, unit_rows
 from nexa.model.placement import block_plans, has_final_norm
 from nexa.model.recompute import RECOMPUTE, Recompute
 from nexa.model.rope import rope_tables
@@ -28,9 +28,9 @@ class DecoderStack(nn.Module):
 
     def __init__(self, model: ModelConfig, norm: NormConfig, layers: Layers = WHOLE) -> None:
         super().__init__()
-        make = NormBuilder.of(model, norm)
+        make = NormBuilder.of(model, norm, layers)
         self.head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-        self.rope_theta = model.rope_theta
+        self.rope_theta, self.fixnorm = model.rope_theta, model.fixnorm
         self.recompute: Recompute = "none"
         self.embed_tokens = layers.embedding(model.vocab_size, model.hidden_size)
         self.embed_scale = (
@@ -58,6 +58,8 @@ class DecoderStack(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         x = self.embed_tokens(input_ids)
+        if self.fixnorm:
+            x = unit_rows(x) * math.sqrt(x.shape[-1])
         if self.embed_scale is not None:
             x = x * self.embed_scale
         if self.embed_norm is not None:
@@ -112,8 +114,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.norm_config = model, norm
         self.model = DecoderStack(model, norm, layers)
-        self.lm_head = layers.head(model.hidden_size, model.vocab_size)
+        self.lm_head = layers.head(model.hidden_size, model.vocab_size, model.input_bias)
         self.lm_head.chunk_tokens = loss_chunk_tokens
+        self.lm_head.fixnorm = model.fixnorm and model.tie_word_embeddings
         if model.tie_word_embeddings:
             self.lm_head.weight = self.embedding_weight
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexa.config.schema import ModelConfig
 from nexa.model.layers import Layers
 
 
 class FeedForward(nn.Module):
     """down(mid_norm(silu(gate(x)) * up(x)))."""
 
-    def __init__(
-        self, hidden_size: int, intermediate_size: int, layers: Layers, mid_norm: nn.Module | None = None
-    ) -> None:
+    def __init__(self, model: ModelConfig, layers: Layers, mid_norm: nn.Module | None = None) -> None:
         super().__init__()
         self._enter = layers.enter
-        self.gate_proj = layers.column(hidden_size, intermediate_size)
-        self.up_proj = layers.column(hidden_size, intermediate_size)
-        self.down_proj = layers.row(intermediate_size, hidden_size)
+        self.gate_proj = layers.column(model.hidden_size, model.intermediate_size, model.input_bias)
+        self.up_proj = layers.column(model.hidden_size, model.intermediate_size, model.input_bias)
+        self.down_proj = layers.row(model.intermediate_size, model.hidden_size)
         self.mid_norm = mid_norm
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +31,14 @@ _ROLES = {
     "gate_down": "norm_gate_in",
     "gate_up": "norm_gate_out",
 }
+_INSIDE = {"self_attn.gate_proj": "attn_gate"}
+"""Names that mean something else inside this module."""
+_WITH_BIAS = frozenset({"q", "k", "v", "gate", "up", "head"})
 _OUTPUTS = frozenset({"o", "down"})
+FIXNORM_RANGE = 0.01
+"""FixNorm draws its embedding from U(-0.01, 0.01) under every rule (code of arXiv 1910.05895)."""
+CUT = 3.0
+"""Standard deviations at which truncated rules cut."""
 _ZERO = frozenset({"norm_gate_out"})
 """Roles that start at 0 under every rule: the gate of a GatedNorm is then 1."""
 
@@ -47,7 +55,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Draw:
-    """A normal distribution of mean 0, cut at +-3 standard deviations when `truncated`."""
+    """A distribution of mean 0, cut at +-`CUT` standard deviations when `truncated`; normal unless
+    `model.initializer_shape` says otherwise."""
 
     std: float
     truncated: bool = False
@@ -63,14 +72,60 @@ def _scaled(matrix: Matrix, model: ModelConfig) -> Draw:
     return Draw(model.initializer_range / depth)
 
 
-def _llama_depth(matrix: Matrix, model: ModelConfig) -> Draw:
-    """OLMo-core `llama_depth`: output matrices by sqrt(2(i+1)), embeddings N(0, 1), head 1/sqrt(d)."""
+def _scaled_depth(matrix: Matrix, model: ModelConfig) -> Draw:
+    """The depth-scaled initialisation in the LayerNorm Scaling paper's table: outputs of block l by sqrt(2l)."""
+    depth = math.sqrt(2 * (matrix.index + 1)) if matrix.role in _OUTPUTS else 1.0
+    return Draw(model.initializer_range / depth)
+
+
+def _truncated(matrix: Matrix, model: ModelConfig) -> Draw:
+    """OLMo-core `normal`: one standard deviation for everything, cut at 3 of them."""
+    return Draw(model.initializer_range, truncated=True)
+
+
+def _olmo_llama(matrix: Matrix, model: ModelConfig, layers: int) -> Draw:
+    """OLMo-core's two llama rules: attention output, w2 **and** w3 (up) by sqrt(2 layers); embeddings N(0, 1)."""
     if matrix.role == "embed":
         return Draw(1.0)
     if matrix.role == "head":
         return Draw(model.hidden_size**-0.5, truncated=True)
-    depth = math.sqrt(2 * (matrix.index + 1)) if matrix.role in {"o", "up", "down"} else 1.0
+    depth = math.sqrt(2 * layers) if matrix.role in {"o", "up", "down"} else 1.0
     return Draw(0.02 / depth, truncated=True)
+
+
+def _llama(matrix: Matrix, model: ModelConfig) -> Draw:
+    """OLMo-core `llama`: by the number of blocks."""
+    return _olmo_llama(matrix, model, model.num_hidden_layers)
+
+
+def _llama_depth(matrix: Matrix, model: ModelConfig) -> Draw:
+    """OLMo-core `llama_depth`: by the block's own number."""
+    return _olmo_llama(matrix, model, matrix.index + 1)
+
+
+def _fan_in(matrix: Matrix, model: ModelConfig) -> Draw:
+    """OLMo-core `fan_in`: 1/sqrt(inputs) of each matrix, embeddings N(0, 1), no term for depth."""
+    return Draw(1.0) if matrix.role == "embed" else Draw(matrix.in_features**-0.5, truncated=True)
+
+
+def _mitchell(matrix: Matrix, model: ModelConfig) -> Draw:
+    """OLMo 1 `mitchell`: 1/sqrt(inputs), outputs of block i (from 0) also by sqrt(2(i+1))."""
+    depth = math.sqrt(2 * (matrix.index + 1)) if matrix.role in _OUTPUTS else 1.0
+    return Draw(matrix.in_features**-0.5 / depth, truncated=True)
+
+
+def _tinyllama(matrix: Matrix, model: ModelConfig) -> Draw:
+    """TinyLlama, and the stacking code made from it: sqrt(2/(5 inputs)), outputs 1/sqrt(inputs)/L."""
+    if matrix.role in _OUTPUTS:
+        return Draw(matrix.in_features**-0.5 / model.num_hidden_layers)
+    return Draw(math.sqrt(2 / (5 * matrix.in_features)))
+
+
+def _transformers_without_tears(matrix: Matrix, model: ModelConfig) -> Draw:
+    """SmallInit (arXiv 1910.05895): attention sqrt(2/(5d)), feed-forward Glorot's sqrt(2/(d + f))."""
+    if matrix.role in {"gate", "up", "down"}:
+        return Draw(math.sqrt(2 / (matrix.in_features + matrix.out_features)))
+    return Draw(math.sqrt(2 / (5 * model.hidden_size)))
 
 
 def _small_init(matrix: Matrix, model: ModelConfig) -> Draw:
@@ -104,8 +159,15 @@ def _xavier(matrix: Matrix, model: ModelConfig) -> Draw:
 
 RULES: dict[str, Callable[[Matrix, ModelConfig], Draw]] = {
     "normal": _normal,
+    "truncated": _truncated,
     "scaled": _scaled,
+    "scaled_depth": _scaled_depth,
+    "llama": _llama,
     "llama_depth": _llama_depth,
+    "fan_in": _fan_in,
+    "mitchell": _mitchell,
+    "tinyllama": _tinyllama,
+    "transformers_without_tears": _transformers_without_tears,
     "small_init": _small_init,
     "tiny_init": _tiny_init,
     "full_megatron": _full_megatron,
@@ -116,7 +178,16 @@ RULES: dict[str, Callable[[Matrix, ModelConfig], Draw]] = {
 def role_of(name: str) -> str | None:
     """Role of a parameter from its checkpoint name; None for norms, scales and gains."""
     parts = name.split(".")
-    return _ROLES.get(parts[-2]) if parts[-1] == "weight" else None
+    if parts[-1] != "weight":
+        return None
+    return _INSIDE.get(".".join(parts[-3:-1])) or _ROLES.get(parts[-2])
+
+
+def bias_role(name: str) -> str | None:
+    """Role of the matrix whose bias (`model.input_bias`) this parameter is; None for everything else."""
+    parts = name.split(".")
+    role = _ROLES.get(parts[-2]) if parts[-1] == "bias" else None
+    return role if role in _WITH_BIAS else None
 
 
 def layer_index(name: str) -> int | None:
@@ -132,18 +203,44 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def draw(name: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig, seed: int) -> Tensor | None:
-    """Initial fp32 values of matrix `name`, on the CPU; None for a parameter whose constructor sets it."""
+    """Initial fp32 values of matrix or bias `name`, on the CPU; None for a parameter whose constructor sets it."""
+    if bias_role(name) is not None:
+        return torch.zeros(shape)
     role = role_of(name)
     if role is None:
         return None
     if role in _ZERO:
         return torch.zeros(shape)
+    if role == "embed" and model.fixnorm:
+        return torch.empty(shape).uniform_(-FIXNORM_RANGE, FIXNORM_RANGE, generator=generator_for(seed, name))
     rule = RULES[model.initializer](Matrix(role, layer_index(name) or 0, *shape), model)
     std = rule.std * PLACEMENTS[norm.placement].matrix_gain(role, model.num_hidden_layers)
     values, generator = torch.empty(shape), generator_for(seed, name)
+    if model.initializer_shape != 2.0:
+        unit = generalised_gaussian(values.numel(), model.initializer_shape, CUT if rule.truncated else None, generator)
+        return unit.mul_(std).view(shape)
     if rule.truncated:
-        return nn.init.trunc_normal_(values, 0.0, std, -3 * std, 3 * std, generator=generator)
+        return nn.init.trunc_normal_(values, 0.0, std, -CUT * std, CUT * std, generator=generator)
     return values.normal_(0.0, std, generator=generator)
+
+
+def generalised_gaussian(count: int, shape: float, cut: float | None, generator: torch.Generator) -> Tensor:
+    """`count` fp32 numbers with density ~ exp(-|x/a|^shape) and standard deviation 1 (before the cut), where
+    a = sqrt(Gamma(1/shape) / Gamma(3/shape)): 2 is the normal, 1 the Laplace distribution (arXiv 2506.00486).
+
+    cut: numbers further from 0 are drawn again; None keeps them. |x/a|^shape has a Gamma(1/shape) distribution.
+    """
+    scale = math.exp(0.5 * (math.lgamma(1 / shape) - math.lgamma(3 / shape)))
+    source = np.random.Generator(np.random.PCG64(generator.initial_seed()))
+
+    def draws(n: int) -> np.ndarray:
+        size = source.standard_gamma(1 / shape, n) ** (1 / shape)
+        return scale * size * (1 - 2 * source.integers(0, 2, n))
+
+    values = draws(count)
+    while cut is not None and (outside := np.flatnonzero(np.abs(values) > cut)).size:
+        values[outside] = draws(outside.size)
+    return torch.from_numpy(values.astype(np.float32))
 
 
 @torch.no_grad()

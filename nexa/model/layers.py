@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexa.model.loss import Kernel, compiled_kernel, linear_cross_entropy, nll_and_gradient
@@ -23,6 +24,22 @@ def unchanged(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """All tokens of a forward pass, of which this process has some, and how its gradients stand to the whole batch."""
+
+    average: Callable[[Tensor], Tensor] = unchanged
+    """Mean over the processes of what each has averaged over its own tokens; not differentiated, collective."""
+    gradient_scale: float = 1.0
+    """What gradients are multiplied with here, over those of the mean loss of the whole batch."""
+    passes_per_step: int = 1
+    """Forward passes, each of a micro-batch, of an optimizer step."""
+
+
+ALONE = Tokens()
+"""A process that shares its weights with no other and takes a step after each pass."""
+
+
+@dataclass(frozen=True)
 class Features:
     """A dimension of which this process computes indices [start, stop) of `size`."""
 
@@ -31,11 +48,13 @@ class Features:
     stop: int
     total: Callable[[Tensor], Tensor] = unchanged
     """Sums a statistic [..., k] over the ranks that share the dimension, and its gradient too."""
+    tokens: Tokens = ALONE
+    """Where other processes have these features of other tokens."""
 
     @classmethod
-    def whole(cls, size: int) -> Features:
+    def whole(cls, size: int, tokens: Tokens = ALONE) -> Features:
         """A dimension that no other process shares."""
-        return cls(size, 0, size)
+        return cls(size, 0, size, tokens=tokens)
 
     @property
     def local(self) -> int:
@@ -60,6 +79,19 @@ class Features:
                 setattr(parameter, name, mark)
 
 
+UNIT_MIN_LENGTH = 1e-12
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x [..., d] with every row divided by its length: FixNorm (Nguyen and Chiang 2018; arXiv 1910.05895, section 2.2).
+
+    Computed in fp32 or wider, given back in the dtype of `x`; a row of zeros, which pads a table, stays.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    squared = wide.square().sum(-1, keepdim=True).clamp_min(UNIT_MIN_LENGTH**2)
+    return (wide * torch.rsqrt(squared)).to(x.dtype)
+
+
 class Head(nn.Linear):
     """Output head; with labels it returns the summed cross-entropy without making the full logits.
 
@@ -68,13 +100,20 @@ class Head(nn.Linear):
 
     chunk_tokens: int = 4096
     kernel: Kernel = staticmethod(nll_and_gradient)
+    fixnorm: bool = False
+    """Words are compared with rows of length one: the head is a FixNorm embedding."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """What hidden states are multiplied by, [V, d]."""
+        return unit_rows(self.weight) if self.fixnorm else self.weight
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """hidden [..., d] -> logits [..., V], or with labels [...] the summed loss, scalar."""
         if labels is None:
-            return super().forward(hidden)
-        flat = hidden.reshape(-1, hidden.shape[-1]), self.weight, labels.flatten()
-        return linear_cross_entropy(*flat, self.chunk_tokens, self.kernel)
+            return F.linear(hidden, self.matrix, self.bias)
+        flat = hidden.reshape(-1, hidden.shape[-1]), self.matrix, labels.flatten()
+        return linear_cross_entropy(*flat, self.chunk_tokens, self.kernel, self.bias)
 
     def compile_kernel(self) -> None:
         """Use the compiled kernel of the loss from now on."""
@@ -86,6 +125,10 @@ class Layers:
 
     tensor_size = 1
     """Ranks that share a layer."""
+    stream_tokens: Tokens = ALONE
+    """Of the residual stream."""
+    sublayer_tokens: Tokens = ALONE
+    """Inside a sublayer, which has all tokens of a tensor-parallel group."""
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         """device: of the matrices; `meta` allocates nothing and leaves them to be filled in one by one."""
@@ -93,20 +136,24 @@ class Layers:
 
     def features(self, size: int) -> Features:
         """A dimension inside a sublayer."""
-        return Features.whole(size)
+        return Features.whole(size, self.sublayer_tokens)
+
+    def stream(self, width: int) -> Features:
+        """The features of the residual stream, which every rank has."""
+        return Features.whole(width, self.stream_tokens)
 
     @property
     def enter(self) -> Callable[[Tensor], Tensor]:
         """Bring the residual stream [B, T, d] (or a share of its tokens) into a sublayer."""
         return unchanged
 
-    def whole(self, in_features: int, out_features: int) -> nn.Module:
+    def whole(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         """A matrix that every rank has whole."""
-        return nn.Linear(in_features, out_features, bias=False, device=self.device)
+        return nn.Linear(in_features, out_features, bias=bias, device=self.device)
 
-    def column(self, in_features: int, out_features: int) -> nn.Module:
+    def column(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         """From the entered stream to this rank's features."""
-        return self.whole(in_features, out_features)
+        return self.whole(in_features, out_features, bias)
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
         """From this rank's features back to the residual stream, which includes the sum over ranks."""
@@ -116,6 +163,6 @@ class Layers:
         """ids [B, T] -> residual stream [B, T, d] (or a share of its tokens)."""
         return nn.Embedding(vocabulary, width, device=self.device)
 
-    def head(self, width: int, vocabulary: int) -> Head:
+    def head(self, width: int, vocabulary: int, bias: bool = False) -> Head:
         """From the residual stream to logits [..., V] or the loss."""
-        return Head(width, vocabulary, bias=False, device=self.device)
+        return Head(width, vocabulary, bias=bias, device=self.device)

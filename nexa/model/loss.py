@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
@@ -58,17 +59,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, *args: object) -> Tensor:
-        """(hidden [N, d], weight [V, d], labels [N], chunk, kernel) -> sum of the losses, scalar."""
-        hidden, weight, labels, chunk, kernel = args
+        """(hidden [N, d], weight [V, d], labels [N], chunk, kernel, bias [V] or None) -> sum of the losses, scalar."""
+        hidden, weight, labels, chunk, kernel, bias = args
         assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
         assert isinstance(labels, Tensor) and isinstance(chunk, int) and callable(kernel)
+        assert bias is None or isinstance(bias, Tensor)
         wide = _wide(hidden)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
         weight_grad: Tensor | None = None
+        bias_grad = None if bias is None else torch.zeros_like(bias, dtype=wide)
         for start in range(0, hidden.shape[0], chunk):
             part = hidden[start : start + chunk]
-            nll, gradient = kernel(part @ weight.t(), labels[start : start + chunk])
+            nll, gradient = kernel(F.linear(part, weight, bias), labels[start : start + chunk])
             total += nll
             hidden_grad[start : start + chunk] = gradient @ weight
             product = gradient.t() @ part
@@ -77,30 +80,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 weight_grad = product if hidden.shape[0] <= chunk else product.to(wide)
             else:
                 weight_grad += product
+            if bias_grad is not None:
+                bias_grad += gradient.sum(0, dtype=wide)
         assert weight_grad is not None
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.save_for_backward(hidden_grad, weight_grad, *([] if bias_grad is None else [bias_grad]))
         return total
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the stored gradients by the gradient of the sum."""
-        hidden_grad, weight_grad = ctx.saved_tensors  # type: ignore[attr-defined]
+        hidden_grad, *by_matrix = ctx.saved_tensors  # type: ignore[attr-defined]
         (scale,) = grads
-        scaled = hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale).to(hidden_grad.dtype)
-        return *scaled, None, None, None
+        dtype = hidden_grad.dtype
+        weight_grad, bias_grad = ([(each * scale).to(dtype) for each in by_matrix] + [None])[:2]
+        return hidden_grad * scale.to(dtype), weight_grad, None, None, None, bias_grad
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, kernel: Kernel = nll_and_gradient
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: int,
+    kernel: Kernel = nll_and_gradient,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Sum over scored tokens of the cross-entropy of softmax(hidden @ weight^T), a scalar.
+    """Sum over scored tokens of the cross-entropy of softmax(hidden @ weight^T + bias), a scalar.
 
-    hidden [N, d], weight [V, d], labels [N] (IGNORED: not scored). At most `chunk` x V logits exist at
+    hidden [N, d], weight [V, d], labels [N] (IGNORED: not scored), bias [V]. At most `chunk` x V logits exist at
     once; `kernel` makes their gradient. Divide by the number of scored tokens of the whole global batch for the mean.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        result = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, kernel)
+        result = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, kernel, bias)
         assert isinstance(result, Tensor)
         return result
     chunks = (slice(start, start + chunk) for start in range(0, hidden.shape[0], chunk))
-    return torch.stack([kernel(hidden[part] @ weight.t(), labels[part])[0] for part in chunks]).sum()
+    return torch.stack([kernel(F.linear(hidden[part], weight, bias), labels[part])[0] for part in chunks]).sum()

@@ -47,6 +47,8 @@ class NormSite:
     """Rank of GatedNorm."""
     gain: float = 1.0
     """Factor that the placement puts on the initial weight, whatever that is for the kind."""
+    warmup_steps: int | None = None
+    """Of norms with running statistics; None: the kind's own."""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -54,12 +56,31 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class RMSNorm(nn.Module):
+class FeatureNorm(nn.Module):
+    """What norms with statistics over features share: the weight of PreAffine before them (arXiv 2601.22966)."""
+
+    pre_weight: nn.Parameter | None
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        self.features = features
+        self.register_parameter("pre_weight", None)
+
+    def add_pre_weight(self) -> None:
+        """Multiply what the norm reads by a vector [n], 1 at first, that can take single features out of it."""
+        self.pre_weight = self.features.vector(1.0)
+
+    def entered(self, x: Tensor) -> Tensor:
+        """What the statistics are taken of: [..., n] -> [..., n]."""
+        return x if self.pre_weight is None else x * self.pre_weight
+
+
+class RMSNorm(FeatureNorm):
     """y = weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019)."""
 
     def __init__(self, features: Features, eps: float, gain: float = 1.0) -> None:
-        super().__init__()
-        self.features, self.eps = features, eps
+        super().__init__(features)
+        self.eps = eps
         self.weight = features.vector(gain)
 
     @classmethod
@@ -78,7 +99,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
-        return self.unit(x) * self.weight
+        return self.unit(self.entered(x)) * self.weight
 
 
 class FullWidthRMSNorm(RMSNorm):
@@ -103,12 +124,12 @@ class CRMSNorm(RMSNorm):
         return (squares + plain.square()) / (self.features.size + 1)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(FeatureNorm):
     """y = weight * (x - mean x) / sqrt(var x + eps) + bias (Ba et al. 2016)."""
 
     def __init__(self, features: Features, eps: float, gain: float = 1.0) -> None:
-        super().__init__()
-        self.features, self.eps = features, eps
+        super().__init__(features)
+        self.eps = eps
         self.weight, self.bias = features.vector(gain), features.vector(0.0)
 
     @classmethod
@@ -121,18 +142,17 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
-        wide = at_least_fp32(x)
+        wide = at_least_fp32(self.entered(x))
         centred = wide - self._mean(wide)
         unit = centred * torch.rsqrt(self._mean(centred.square()) + self.eps)
         return unit.to(x.dtype) * self.weight + self.bias
 
 
-class ScaleNorm(nn.Module):
+class ScaleNorm(FeatureNorm):
     """y = weight * x / max(|x|, 1e-5) with one weight, sqrt(n) at first (Nguyen and Salazar 2019)."""
 
     def __init__(self, features: Features, gain: float = 1.0) -> None:
-        super().__init__()
-        self.features = features
+        super().__init__(features)
         self.weight = nn.Parameter(torch.full((1,), gain * math.sqrt(features.size)))
 
     @classmethod
@@ -142,7 +162,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
-        wide = at_least_fp32(x)
+        wide = at_least_fp32(self.entered(x))
         squared = self.features.total(wide.square().sum(-1, keepdim=True))
         # clamped before the root: the gradient of a root at 0 is infinite
         return (wide * torch.rsqrt(squared.clamp_min(SCALENORM_MIN_LENGTH**2))).to(x.dtype) * self.weight
@@ -182,6 +202,7 @@ class SeeDNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
+        x = self.entered(x)
         wide = at_least_fp32(x)
         along = self.features.total((wide @ self.beta.to(wide.dtype)).unsqueeze(-1))
         dynamic = torch.tanh(along).to(x.dtype)

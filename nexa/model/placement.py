@@ -2,7 +2,7 @@
 
 A sublayer f (attention or feed-forward) of a block maps the residual stream x to
 
-    y = M_res( skip_scale * x + M_out( f( input_scale * M_in(x) ) ) )
+    y = M_res( skip_scale * x + branch_scale * M_out( f( input_scale * M_in(x) ) ) )
 
 where each M is a norm or absent. A placement says, for each block (counted from 0 over the whole
 model, whatever part of it a process holds), which norms there are and which fixed scales.
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from nexa.config.schema import NormConfig
 
@@ -27,6 +28,10 @@ class SublayerPlan:
     residual: bool = False
     input_scale: float = 1.0
     skip_scale: float = 1.0
+    branch_scale: float = 1.0
+    """What the sublayer's result is multiplied with; the initial value where that is learned."""
+    learned_scale: str = ""
+    """`scalar` or `vector`: `branch_scale` is a parameter [1] or [d]; empty: it is fixed."""
     output_gain: float = 1.0
     """Factor on the initial weight of the output norm, which is 1 for most kinds."""
 
@@ -39,10 +44,18 @@ class BlockPlan:
     mlp: SublayerPlan
     head_norms: tuple[str, ...] = ()
     """Which of q, k, v carry a per-head RMSNorm."""
-    head_scale: bool = False
-    """Learnable scale per head before the output projection."""
+    head_scale: Literal["", "heads", "output"] = ""
+    """Learnable scale of each head before the output projection, or of as many pieces of its output."""
     mid_norm: bool = False
     """Norm of the feed-forward's hidden activations."""
+
+    @property
+    def pairs_inputs(self) -> bool:
+        """Whether attention reads a norm of the stream x, adds W_O W_V and an average over tokens of it to x as it is,
+        and the feed-forward reads a norm of that sum: what BHyT's second norm knows the variance of."""
+        attn = self.attn
+        touched = attn.output or attn.residual or attn.learned_scale or self.head_norms or self.head_scale
+        return attn.input and self.mlp.input and attn.branch_scale == 1.0 and not touched
 
 
 @dataclass(frozen=True)
@@ -84,9 +97,14 @@ def _mix(site: Site) -> BlockPlan:
     return _POST if site.index < post_layers(site.norm, site.layers) else _PRE
 
 
+def _lns_scale(site: Site) -> float:
+    """LayerNorm Scaling: 1/sqrt(l) for block l, counted from 1 over the whole model (arXiv 2502.05795, equation 5)."""
+    return 1 / math.sqrt(site.index + 1)
+
+
 def _lns(site: Site) -> BlockPlan:
-    """LayerNorm Scaling, 1/sqrt(l) with l from 1 after both block norms (arXiv 2502.05795, equation 5)."""
-    scaled = SublayerPlan(input=True, input_scale=1 / math.sqrt(site.index + 1))
+    """Both norms of a Pre-LN block scaled."""
+    scaled = SublayerPlan(input=True, input_scale=_lns_scale(site))
     return BlockPlan(scaled, scaled)
 
 
@@ -129,14 +147,53 @@ PLACEMENTS: dict[str, Row] = {
     "hybrid_star": Row(_hybrid_star),
     "lns": Row(_lns),
     "deepnorm": Row(_deepnorm, final=False, matrix_gain=_deepnorm_gain),
-    "normformer": Row(lambda site: BlockPlan(_IN_OUT, _IN, head_scale=True, mid_norm=True)),
+    "normformer": Row(lambda site: BlockPlan(_IN_OUT, _IN, head_scale=site.norm.head_scale, mid_norm=True)),
+    "none": Row(lambda site: BlockPlan(SublayerPlan(), SublayerPlan()), final=False),
 }
+
+
+@dataclass(frozen=True)
+class BranchScale:
+    """A row of `BRANCH_SCALES`: the (initial) factor from the number of blocks, and whether it is learned."""
+
+    value: Callable[[int], float]
+    learned: str = ""
+
+
+def _layer_scale(layers: int) -> float:
+    """Initial LayerScale by depth, as in CaiT (arXiv 2103.17239, section 2)."""
+    return 0.1 if layers <= 18 else 1e-5 if layers <= 24 else 1e-6
+
+
+BRANCH_SCALES: dict[str, BranchScale] = {
+    "none": BranchScale(lambda layers: 1.0),
+    "fixed": BranchScale(lambda layers: (2 * layers) ** -0.5),
+    "skip_init": BranchScale(lambda layers: layers**-0.5, "scalar"),
+    "layer_scale": BranchScale(_layer_scale, "vector"),
+}
+"""Values of `norm.branch_scale`, which go with every placement: 1/sqrt(2L) for the 2L sublayers (Stable ResNet, arXiv
+2010.12859); SkipInit with 1/sqrt(L) as in the LayerNorm Scaling paper (De and Smith, arXiv 2002.10444, start at 0);
+LayerScale (arXiv 2103.17239)."""
 
 
 def block_plans(norm: NormConfig, layers: int) -> list[BlockPlan]:
     """The plan of every block, in order."""
     row = PLACEMENTS[norm.placement]
-    return [row.block(Site(index, layers, norm)) for index in range(layers)]
+    sites = [Site(index, layers, norm) for index in range(layers)]
+    return [_with_options(row.block(site), site) for site in sites]
+
+
+def _with_options(plan: BlockPlan, site: Site) -> BlockPlan:
+    """Add what can be combined with every placement."""
+    scale = BRANCH_SCALES[site.norm.branch_scale]
+    value = site.norm.branch_scale_value or scale.value(site.layers)
+
+    def sublayer(one: SublayerPlan) -> SublayerPlan:
+        if site.norm.depth_scaling and one.input:
+            one = replace(one, input_scale=_lns_scale(site))
+        return replace(one, branch_scale=value, learned_scale=scale.learned)
+
+    return replace(plan, attn=sublayer(plan.attn), mlp=sublayer(plan.mlp))
 
 
 def has_final_norm(norm: NormConfig) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nexa.model.init import role_of
+from nexa.model.init import bias_role, role_of
 
 
 def decays(name: str, *, decay_embeddings: bool = False, decay_norms: bool = False) -> bool:
@@ -16,8 +16,11 @@ def decays(name: str, *, decay_embeddings: bool = False, decay_norms: bool = Fal
 
     By name, not by shape: under ZeRO-3 a parameter that is not gathered is one-dimensional and empty,
     and grouping by `ndim` silently turns decay off. The gate matrices of a GatedNorm decay as every matrix does;
-    `decay_norms` covers all vectors and scalars of norms, so SeeDNorm's alpha and beta come with the gains.
+    `decay_norms` covers all vectors and scalars of norms, so SeeDNorm's alpha and beta come with the gains. Biases of
+    linear layers never decay.
     """
+    if bias_role(name) is not None:
+        return False
     role = role_of(name)
     if role is None:
         return decay_norms

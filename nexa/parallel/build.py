@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from nexa.config.schema import Config
 from nexa.model.decoder import Decoder
 from nexa.model.init import draw
-from nexa.model.layers import Layers
+from nexa.model.layers import Layers, Tokens, unchanged
 from nexa.model.precision import DTYPES
+from nexa.parallel import collectives
 from nexa.parallel.topology import Topology
 from nexa.sharding import shard_of
 
@@ -21,6 +23,22 @@ Fill = Callable[[nn.Parameter], nn.Parameter]
 
 def layers_for(cfg: Config, topology: Topology) -> Layers:
     """The makers of layers that `cfg.parallel` asks for; matrices are on the meta device."""
+    layers = _makers(cfg, topology)
+    layers.sublayer_tokens = _tokens(cfg, topology, topology.data_group)
+    # under sequence parallelism all ranks have different tokens of the stream
+    everyone = dist.group.WORLD if cfg.parallel.sequence else topology.data_group
+    assert everyone is not None
+    layers.stream_tokens = _tokens(cfg, topology, everyone)
+    return layers
+
+
+def _tokens(cfg: Config, topology: Topology, group: dist.ProcessGroup) -> Tokens:
+    """Statistics over `group`; gradients as `Engine.forward_backward` scales them."""
+    average = partial(collectives.mean_over, group=group) if group.size() > 1 else unchanged
+    return Tokens(average, topology.data_size, cfg.accumulation(topology.data_size))
+
+
+def _makers(cfg: Config, topology: Topology) -> Layers:
     if topology.tensor_size == 1:
         return Layers("meta")
     if topology.backend == "megatron":
@@ -54,6 +72,8 @@ def build_decoder(
         else:
             whole = parameter.data if values is None else shard_of(parameter).take(values)
             parameter.data = whole.to(topology.device, dtype)
+    for buffer in decoder.buffers():
+        buffer.data = buffer.data.to(topology.device)  # in place: it keeps its mark
     _sum_partial_gradients(decoder, cfg, topology)
     return decoder
 
@@ -88,7 +108,9 @@ def has_partial_gradient(name: str, parameter: nn.Parameter, cfg: Config) -> boo
     """
     if not shard_of(parameter).is_whole:
         return False
-    return cfg.parallel.sequence or ".self_attn." in name or ".mlp.mid_norm." in name
+    # every rank scales the whole output by `head_scale`, unless it is one of heads and then no rank has all of it
+    inside = (".self_attn." in name and not name.endswith(".head_scale")) or ".mlp.mid_norm." in name
+    return cfg.parallel.sequence or inside
 
 
 def _sum_partial_gradients(decoder: Decoder, cfg: Config, topology: Topology) -> None:

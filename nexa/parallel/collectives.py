@@ -25,6 +25,11 @@ def sum_over(x: Tensor, group: Group) -> Tensor:
     return result
 
 
+def mean_over(x: Tensor, group: Group) -> Tensor:
+    """Mean of the ranks' `x`, on every rank; not differentiable."""
+    return sum_over(x, group) / group.size()
+
+
 def gather_tokens(x: Tensor, group: Group) -> Tensor:
     """The ranks' [tokens / n, ...] end to end: [tokens, ...]."""
     result = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from nexa.checkpoint.fragment import Fragment
 from nexa.config.schema import Config
 from nexa.hardware import keep_freed_memory
+from nexa.model.block import Block
 from nexa.model.decoder import Decoder
+from nexa.model.statistics import tensors_of
 from nexa.optim import build
 from nexa.parallel import private
 from nexa.parallel.build import build_decoder
@@ -68,7 +70,7 @@ class Engine:
         initial: with its initial weights; else they are 0, for a checkpoint to be loaded.
         """
         self.topology, self.device, self.config = topology, topology.device, cfg
-        self.accumulation = cfg.train.global_batch_size // (cfg.train.micro_batch_size * topology.data_size)
+        self.accumulation = cfg.accumulation(topology.data_size)
         self.stage, reason = effective_stage(cfg, self.accumulation)
         if reason is not None and topology.is_main:
             logger.info(reason)
@@ -112,7 +114,12 @@ class Engine:
             deepspeed.zero.Init(module=holder, data_parallel_group=group, config_dict_or_path=settings, mpu=topology)
             return parameter
 
-        return build_decoder(cfg, topology, initial=initial, keep=partition)
+        decoder = build_decoder(cfg, topology, initial=initial, keep=partition)
+        for block in decoder.model.layers:
+            assert isinstance(block, Block)
+            for parameter in block.borrowed():
+                deepspeed.zero.register_external_parameter(block, parameter)
+        return decoder
 
     def _check_layout(self) -> None:
         """The owned ranges of all data-parallel ranks must make up the whole model."""
@@ -195,11 +202,14 @@ class Engine:
         return total
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every parameter, by checkpoint name."""
-        return {name: shard_of(p).shape for name, p in self.module.named_parameters()}
+        """Full shape of every parameter and statistic, by checkpoint name."""
+        return {name: shard_of(tensor).shape for name, tensor in tensors_of(self.module)}
 
     def fragments(self) -> list[Fragment]:
-        """Live views of the master weights and optimizer state this rank owns, made if there are none yet."""
+        """Live views of the master weights and optimizer state this rank owns, made if there are none yet.
+
+        Statistics of the model are weights without a state, which every data-parallel rank has.
+        """
         optimizer = private.client_optimizer(self._engine)
         result = []
         for owned in private.owned_ranges(self._engine):
@@ -217,6 +227,9 @@ class Engine:
                 else:
                     scalars[key] = float(value)
             result.append(Fragment(owned.name, shard, start, stop, tensors, scalars))
+        for name, buffer in self.module.named_buffers():
+            flat = {"weight": buffer.detach().view(-1)}
+            result.append(Fragment(name, shard_of(buffer), 0, buffer.numel(), flat, {}))
         return result
 
     def finish_load(self, scalars: dict[str, dict[str, float]]) -> None:

@@ -36,6 +36,14 @@ def vocabulary_share(size: int, rank: int, ranks: int) -> tuple[Features, int]:
     return Features(size, min(rank * rows, size), min((rank + 1) * rows, size)), rows
 
 
+def mark_rows(share: Features, layer: nn.Module, in_features: int) -> None:
+    """Say that `layer` has the rows `share` of a matrix with so many columns, and the same part of its bias."""
+    assert isinstance(layer.weight, Tensor)
+    share.mark(layer.weight, 0, (share.size, in_features))
+    if isinstance(layer.bias, Tensor):
+        share.mark(layer.bias, 0, (share.size,))
+
+
 class VocabularyEmbedding(nn.Embedding):
     """Embedding of which this rank has some rows; the others' words add zeros, then `leave`."""
 
@@ -61,7 +69,7 @@ class VocabularyHead(Head):
         hidden = self.enter(hidden)
         if labels is not None:
             return super().forward(hidden, labels)
-        shares = F.linear(hidden, self.weight)
+        shares = F.linear(hidden, self.matrix, self.bias)
         every = [torch.empty_like(shares) for _ in range(self.group.size())]
         dist.all_gather(every, shares.contiguous(), group=self.group)
         return torch.cat(every, -1)[..., : self.words.size]
@@ -106,7 +114,7 @@ class NativeLayers(Layers):
     def features(self, size: int) -> Features:
         """This rank's share of a dimension; shares differ by one where the ranks do not divide it."""
         start, stop = (size * rank // self.tensor_size for rank in (self.rank, self.rank + 1))
-        return Features(size, start, stop, partial(collectives.total, group=self.group))
+        return Features(size, start, stop, partial(collectives.total, group=self.group), self.sublayer_tokens)
 
     @property
     def enter(self) -> Crossing:
@@ -118,11 +126,11 @@ class NativeLayers(Layers):
         """Sum over the ranks; with sequence parallelism keep this rank's tokens."""
         return partial(collectives.leave_tokens if self.sequence else collectives.leave, group=self.group)
 
-    def column(self, in_features: int, out_features: int) -> nn.Module:
+    def column(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         """From the entered stream to this rank's features."""
         share = self.features(out_features)
-        layer = nn.Linear(in_features, share.local, bias=False, device=self.device)
-        share.mark(layer.weight, 0, (out_features, in_features))
+        layer = nn.Linear(in_features, share.local, bias=bias, device=self.device)
+        mark_rows(share, layer, in_features)
         return layer
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
@@ -141,11 +149,11 @@ class NativeLayers(Layers):
         words.mark(layer.weight, 0, (vocabulary, width))
         return layer
 
-    def head(self, width: int, vocabulary: int) -> Head:
+    def head(self, width: int, vocabulary: int, bias: bool = False) -> Head:
         """From the residual stream to logits or the loss."""
         words, rows = vocabulary_share(vocabulary, self.rank, self.tensor_size)
-        layer = VocabularyHead(width, rows, bias=False, device=self.device)
+        layer = VocabularyHead(width, rows, bias=bias, device=self.device)
         layer.enter, layer.words, layer.group = self.enter, words, self.group
         layer.kernel = partial(vocabulary_kernel, words=words, group=self.group)
-        words.mark(layer.weight, 0, (vocabulary, width))
+        mark_rows(words, layer, width)
         return layer

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nexa.model.layers import Features, Head
 from nexa.model.loss import IGNORED
-from nexa.parallel.layers import Crossing, NativeLayers, VocabularyHead, vocabulary_share
+from nexa.parallel.layers import Crossing, NativeLayers, VocabularyHead, mark_rows, vocabulary_share
 
 
 def _import_megatron() -> Any:
@@ -103,7 +103,7 @@ class MegatronLayers(NativeLayers):
             return partial(self._library.gather_from_sequence_parallel_region, group=self.group)
         return partial(self._library.copy_to_tensor_model_parallel_region, group=self.group)
 
-    def column(self, in_features: int, out_features: int) -> nn.Module:
+    def column(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         """megatron-core's ColumnParallelLinear."""
         with torch.device(self.device or "cpu"):
             layer = _output_only(self._library.ColumnParallelLinear)(
@@ -111,11 +111,11 @@ class MegatronLayers(NativeLayers):
                 out_features,
                 config=self._column_config,
                 init_method=None,
-                bias=False,
+                bias=bias,
                 disable_grad_reduce=True,
                 tp_group=self.group,
             )
-        self.features(out_features).mark(_weight(layer), 0, (out_features, in_features))
+        mark_rows(self.features(out_features), layer, in_features)
         return layer
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
@@ -148,9 +148,9 @@ class MegatronLayers(NativeLayers):
         words.mark(_weight(layer), 0, (vocabulary, width))
         return layer
 
-    def head(self, width: int, vocabulary: int) -> Head:
+    def head(self, width: int, vocabulary: int, bias: bool = False) -> Head:
         """The head in chunks, with megatron-core's cross-entropy."""
-        layer = super().head(width, vocabulary)
+        layer = super().head(width, vocabulary, bias)
         assert isinstance(layer, VocabularyHead)
         layer.kernel = partial(megatron_kernel, words=layer.words)
         return layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -122,6 +123,15 @@ def _groups_of(size: int, world_size: int, timeout: timedelta) -> tuple[list[dis
     )
 
 
+def _threads(environment: Mapping[str, str], cores: int, local_world: int) -> int:
+    """Threads of one process: what OMP_NUM_THREADS says, else its share of the cores. torchrun sets the variable to 1
+    when it is not set, which is not anybody's wish."""
+    wish = environment.get("OMP_NUM_THREADS", "")
+    if wish.isdecimal() and int(wish) > 0 and (wish != "1" or "RANK" not in environment):
+        return int(wish)
+    return max(1, cores // local_world)
+
+
 def connect(cfg: Config) -> Topology:
     """Join the process group under `torchrun`, or be a world of one without it; build all groups."""
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -131,7 +141,7 @@ def connect(cfg: Config) -> Topology:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(_threads(os.environ, len(os.sched_getaffinity(0)), local_world))
     return_freed_memory()
     timeout = timedelta(seconds=cfg.parallel.timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from nexa.config.schema import Config, ModelConfig, NormConfig
 from nexa.model.decoder import Decoder
-from nexa.model.init import layer_index, role_of
+from nexa.model.init import bias_role, layer_index, role_of
 from nexa.optim.build import decays
 
 SPLIT_DIMENSION: Mapping[str, int] = {
@@ -24,12 +24,14 @@ SPLIT_DIMENSION: Mapping[str, int] = {
     "q": 0,
     "k": 0,
     "v": 0,
+    "attn_gate": 0,
     "gate": 0,
     "up": 0,
     "o": 1,
     "down": 1,
 }
-"""Role of a matrix -> the dimension that tensor parallelism cuts; every other parameter is whole on every rank."""
+"""Role of a matrix, or of its bias, -> the dimension that tensor parallelism cuts; every other parameter is whole on
+every rank."""
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -114,7 +116,7 @@ def local_shape(name: str, shape: tuple[int, ...], tensor: int, kv_heads: int) -
 
     Keys and values stay whole when their heads cannot be dealt evenly.
     """
-    role = role_of(name)
+    role = role_of(name) or bias_role(name)
     if role is None or role not in SPLIT_DIMENSION or (role in {"k", "v"} and kv_heads % tensor):
         return shape
     cut = SPLIT_DIMENSION[role]

@@ -27,6 +27,7 @@ from nexa.model.attention import AttentionContext
 from nexa.model.block import Block
 from nexa.model.decoder import WHOLE
 from nexa.model.kinds import NormBuilder
+from nexa.model.layers import Head, unit_rows
 from nexa.model.loss import linear_cross_entropy
 from nexa.model.placement import BlockPlan, block_plans, has_final_norm
 from nexa.model.precision import DTYPES
@@ -53,7 +54,7 @@ class Cost:
     """The input, which is as large as the output."""
 
     def times(self, factor: int) -> Cost:
-        """That of `factor` as many sequences: there is nothing in it that sequences share."""
+        """That of `factor` as many sequences: they share nothing but a few vectors of norms with statistics."""
         return Cost(*(factor * size for size in dataclasses.astuple(self)))
 
 
@@ -164,7 +165,7 @@ def trace(
     """
     leaf = torch.empty_like(like).requires_grad_()
     hooks = [p.register_post_accumulate_grad_hook(_drop) for p in part.parameters()]
-    ledger = _Ledger([leaf, *part.parameters(), *given])
+    ledger = _Ledger([leaf, *part.parameters(), *part.buffers(), *given])
     for name, module in part.named_modules():
         if name in {"self_attn", "mlp"}:
             hooks.append(module.register_forward_pre_hook(lambda *_: setattr(ledger, "in_sublayer", True)))
@@ -266,7 +267,14 @@ class Tracer:
     def _embedding(self, like: Tensor) -> Cost:
         with shapes_only():
             norm = NormBuilder.of(self.model, self.norm)("embedding") if self.norm.embedding else nn.Identity()
-        return trace(norm.to(like.dtype), lambda x: norm(x) if self.norm.embedding else x.clone(), like)
+
+        def call(x: Tensor) -> Tensor:
+            if self.model.fixnorm:
+                x = unit_rows(x) * x.shape[-1] ** 0.5
+            result: Tensor = norm(x) if self.norm.embedding or self.model.fixnorm else x.clone()
+            return result
+
+        return trace(norm.to(like.dtype), call, like)
 
     def _final(self, like: Tensor) -> Cost:
         if not has_final_norm(self.norm):
@@ -278,13 +286,23 @@ class Tracer:
 
 def _structure(plan: BlockPlan) -> Any:
     """What of a block's plan decides which tensors there are: the numbers in it do not."""
-    sides = [(s.input, s.output, s.residual, s.input_scale == 1.0, s.skip_scale == 1.0) for s in (plan.attn, plan.mlp)]
+    sides = [
+        (
+            s.input,
+            s.output,
+            s.residual,
+            s.learned_scale,
+            *(f == 1.0 for f in (s.input_scale, s.skip_scale, s.branch_scale)),
+        )
+        for s in (plan.attn, plan.mlp)
+    ]
     return *sides, plan.head_norms, plan.head_scale, plan.mid_norm
 
 
 def _logits(model: ModelConfig, rows: Tensor, chunk: int) -> Cost:
     """The head with the loss, on hidden states [N, d]; it makes its weight's gradient in the forward pass."""
     with shapes_only():
-        head = nn.Linear(model.hidden_size, model.vocab_size, bias=False).to(rows.dtype)
+        head = Head(model.hidden_size, model.vocab_size, bias=model.input_bias).to(rows.dtype)
+        head.fixnorm = model.fixnorm and model.tie_word_embeddings
         labels = torch.empty(len(rows), dtype=torch.int64)
-    return trace(head, lambda x: linear_cross_entropy(x, head.weight, labels, chunk), rows, [labels])
+    return trace(head, lambda x: linear_cross_entropy(x, head.matrix, labels, chunk, bias=head.bias), rows, [labels])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,17 +12,31 @@ from nexa.parallel.engine import Engine
 from nexa.train.data import ValidationSet
 
 
-def validation_loss(engine: Engine, data: ValidationSet) -> float:
-    """Mean cross-entropy in nats per scored token of `data`, over all ranks."""
-    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for batch in data.batches():
+class Validation(NamedTuple):
+    """A validation loss, and what the trainers of the GaLore family would have reported for the same batches."""
+
+    loss: float
+    """Mean cross-entropy in nats per scored token."""
+    harness_loss: float
+    """On each rank the sum of its n batches' mean losses over n + 1, then the mean of the ranks: their counter of
+    batches starts at 1, so the number is too low, the more so the fewer batches there are, and it depends on
+    `train.micro_batch_size` and the number of ranks."""
+
+
+def validate(engine: Engine, data: ValidationSet) -> Validation:
+    """Both losses of `data`, over all ranks."""
+    totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    batches = data.batches()
+    for batch in batches:
         moved = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
-        totals[0] += engine.total_loss(moved)
-        totals[1] += (moved["labels"] >= 0).sum()
+        total, scored = engine.total_loss(moved), (moved["labels"] >= 0).sum()
+        totals[0] += total
+        totals[1] += scored
+        totals[2] += total / scored.clamp_min(1) / (len(batches) + 1)
     dist.all_reduce(totals, group=engine.topology.data_group)
-    total, count = totals.tolist()
+    total_loss, count, harness = totals.tolist()
     assert count > 0, "a validation set holds at least one scored token"
-    return total / count
+    return Validation(total_loss / count, harness / engine.topology.data_size)
 
 
 def perplexity(loss: float) -> float:

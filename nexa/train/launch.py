@@ -17,6 +17,7 @@ from nexa.errors import EXIT_INTERRUPTED, UserError
 from nexa.hardware import peak_flops
 from nexa.interop.huggingface import config_json
 from nexa.model.decoder import flops_per_token, parameter_count
+from nexa.model.kinds import KINDS
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import Topology, connect, disconnect
 from nexa.train import resume
@@ -97,6 +98,8 @@ def _announce(cfg: Config, topology: Topology) -> None:
         cfg.total_steps,
         quantity(per_step * cfg.total_steps),
     )
+    if warning := KINDS[cfg.norm.kind].warning:
+        logger.info(warning)
     peak, source = peak_flops(topology.device, cfg.train.precision)
     mfu = f"{peak / 1e12:.0f} TFLOP/s ({source})" if peak is not None else f"n/a ({source})"
     logger.info("peak for MFU: %s; loss of a uniform guess: %.4f", mfu, math.log(cfg.model.vocab_size))

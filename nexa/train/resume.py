@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nexa.api import read_config
 from nexa.checkpoint.catalog import CONFIG
-from nexa.checkpoint.load import find, list_checkpoints, load_fragments, read_state, verify
+from nexa.checkpoint.load import find, list_checkpoints, load_fragments, read_manifest, read_state, verify
 from nexa.config.schema import Config
 from nexa.errors import UserError
 from nexa.interop.huggingface import from_config_json
@@ -109,8 +109,14 @@ def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -
     verify(origin.path, topology.rank, topology.world_size)
     dist.barrier(group=topology.control_group)
     saved = read_state(origin.path)
-    shapes = engine.parameter_shapes()
-    scalars = load_fragments(origin.path, engine.fragments(), states=origin.mode.moments, parameters=shapes)
+    shapes, fragments = engine.parameter_shapes(), engine.fragments()
+    if not origin.mode.step:
+        # a run of its own may measure what the model did not: such statistics begin as they do in a new model
+        stored = read_manifest(origin.path)["parameters"]
+        new = {name for name, _ in engine.module.named_buffers() if name not in stored}
+        shapes = {name: shape for name, shape in shapes.items() if name not in new}
+        fragments = [fragment for fragment in fragments if fragment.name not in new]
+    scalars = load_fragments(origin.path, fragments, states=origin.mode.moments, parameters=shapes)
     engine.finish_load(scalars if origin.mode.moments else {})
     old = RunState.from_dict(saved["state"])
     if topology.is_main:

@@ -11,6 +11,7 @@ from nexa.config.schema import ModelConfig, NormConfig
 from nexa.interop.huggingface import config_json
 from nexa.model.decoder import Decoder
 from nexa.model.init import initialise
+from nexa.model.statistics import tensors_of
 from nexa.sharding import Shard
 
 BYTES_VOCABULARY = 257
@@ -46,9 +47,9 @@ def write_checkpoint(
 ) -> Path:
     """A complete checkpoint of step 1 under `run`; the byte tokenizer unless a tokenizer.json is given."""
     fragments = []
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1).clone()
-        fragments.append(Fragment(name, Shard.whole(tuple(parameter.shape)), 0, flat.numel(), {"weight": flat}, {}))
+    for name, tensor in tensors_of(model):
+        flat = tensor.detach().reshape(-1).clone()
+        fragments.append(Fragment(name, Shard.whole(tuple(tensor.shape)), 0, flat.numel(), {"weight": flat}, {}))
     config = config_json(model.config, model.norm_config, eos_token_id=eod_id)
     if tokenizer is None:
         config["nexa_tokenizer"] = "bytes"

@@ -18,8 +18,11 @@ def config(**changed: Any) -> Config:
     """A valid configuration with some keys changed; `__` stands for the dot."""
     mapping: dict[str, dict[str, Any]] = {}
     for name, value in {**GOOD, **{key.replace("__", "."): value for key, value in changed.items()}}.items():
-        group, leaf = name.split(".")
-        mapping.setdefault(group, {})[leaf] = value
+        *groups, leaf = name.split(".")
+        inside = mapping
+        for group in groups:
+            inside = inside.setdefault(group, {})
+        inside[leaf] = value
     return from_mapping(mapping)
 
 
@@ -70,7 +73,55 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({"norm__placement": "hybrid", "norm__qk": "rms"}, None, "norm.qk=rms: norm.placement=hybrid already normalises"),
     ({"norm__placement": "hybrid_star", "norm__qk": "cosine"}, None, "set norm.qk=none"),
     ({"norm__residual_gain": True}, None, "only norm.placement=normformer has it, not pre"),
+    (
+        {"norm__removal__start": 5, "norm__placement": "post"},
+        None,
+        "start=5: norm.placement=post has norms",
+    ),
+    ({"norm__removal__start": 5, "norm__kind": "dyt"}, None, "norm.removal.start=5: norm.kind=dyt is not linear"),
+    ({"norm__removal__start": 5, "norm__final": False}, None, "norm.removal.start=5: norm.final=false leaves"),
+    ({"norm__removal__start": 5, "norm__removal__order": []}, None, "norm.removal.order=[]: must name one or more"),
+    ({"norm__removal__start": 0}, None, "norm.removal.start=0: must be at least 1"),
+    ({"norm__removal__every": 0}, None, "norm.removal.every=0: must be at least 1"),
     ({"norm__deepnorm_alpha": 2.0}, None, "norm.deepnorm_alpha=2.0: only norm.placement=deepnorm has it"),
+    ({"norm__head_scale": "output"}, None, "norm.head_scale=output: only norm.placement=normformer scales heads"),
+    (
+        {
+            "norm__head_scale": "output",
+            "norm__placement": "normformer",
+            "model__head_dim": 16,
+            "model__hidden_size": 100,
+        },
+        None,
+        "norm.head_scale=output: model.hidden_size=100 cannot be cut",
+    ),
+    ({"norm__pre_affine": True, "norm__kind": "dyt"}, None, "norm.kind=dyt takes no statistics over features"),
+    ({"norm__pre_affine": True, "norm__kind": "bhyt"}, None, "norm.kind=bhyt knows the variance of the stream"),
+    ({"norm__kind": "bhyt", "norm__placement": "peri"}, None, "set norm.placement=pre or lns"),
+    ({"norm__kind": "bhyt", "model__attention_gate": "headwise"}, None, "set model.attention_gate=none"),
+    ({"norm__kind": "bhyt", "norm__branch_scale": "fixed"}, None, "set norm.branch_scale=none"),
+    ({"norm__pre_affine": True, "norm__kind": "powernorm"}, None, "norm.kind=powernorm is about statistics over"),
+    ({"norm__bhyt_tokens": 256}, None, "norm.bhyt_tokens=256: only norm.kind=bhyt has it, not rmsnorm"),
+    ({"norm__kind": "eln", "model__fixnorm": True}, None, "model.fixnorm=true: norm.kind=eln already multiplies"),
+    ({"norm__depth_scaling": True, "norm__placement": "post"}, None, "norm.placement=post has none; set norm.depth_s"),
+    ({"norm__branch_scale_value": 0.5}, None, "norm.branch_scale_value=0.5: norm.branch_scale=none has no such factor"),
+    ({"norm__warmup_steps": 5}, None, "norm.warmup_steps=5: norm.kind=rmsnorm has no running statistics to warm up"),
+    ({"norm__kind": "powernorm", "norm__warmup_steps": -1}, None, "norm.warmup_steps=-1: must be at least 0"),
+    (
+        {"norm__kind": "powernorm", "train__activation_checkpointing": "full"},
+        None,
+        "train.activation_checkpointing=full: computing a block again would update the running statistics",
+    ),
+    (
+        {"norm__kind": "unifiednorm", "train__activation_checkpointing": "selective"},
+        None,
+        "set train.activation_checkpointing=none",
+    ),
+    (
+        {"norm__kind": "unifiednorm", "train__precision": "fp16"},
+        None,
+        "train.precision=fp16: norm.kind=unifiednorm keeps a running statistic of gradients",
+    ),
     ({"train__global_batch_size": 60}, None, "train.global_batch_size=60: not a multiple of train.micro_batch_size=8"),
     ({"train__global_batch_size": 60}, 1, "= 8; set train.global_batch_size=56 or 64, or train.micro_batch_size=6"),
     ({}, 3, "train.micro_batch_size=8 x 3 data-parallel ranks = 24; set train.global_batch_size=48 or 72"),
@@ -148,11 +199,7 @@ def test_every_rule_is_broken_by_some_case():
 
 @pytest.mark.parametrize("name", sorted(LIMITS))
 def test_every_limit_excludes_minus_one(name: str):
-    group, leaf = name.split(".")
-    value = [-1.0, 0.5] if name == "optim.betas" else -1
-    found = check(
-        from_mapping({"train": {"steps": 100}} | {group: {**({"steps": 100} if group == "train" else {}), leaf: value}})
-    )
+    found = check(config(**{name.replace(".", "__"): [-1.0, 0.5] if name == "optim.betas" else -1}))
     assert any(text.startswith(f"{name}=") and "must be" in text for text in found), found
 
 

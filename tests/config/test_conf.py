@@ -26,6 +26,7 @@ SMALL = {
     "intermediate_size": 48,
     "vocab_size": 512,
 }
+OTHERS = {"quickstart", "norm_removal"}
 METHODS = {
     "pre": "pre",
     "post": "post",
@@ -39,7 +40,15 @@ METHODS = {
     "dssn": "dssn",
     "reordered": "reordered",
     "normformer": "normformer",
+    "pre_scaled": "pre",
+    "dyt": "pre",
+    "seednorm": "pre",
+    "gatednorm": "pre",
+    "bhyt": "pre",
 }
+KINDS = {method: method for method in ("dyt", "seednorm", "gatednorm", "bhyt")}
+PAPERS = {"paper_dyt_7b": 4_194_304, "paper_hybridnorm_star_1b": 4_194_304}
+"""Papers' own runs and the tokens of their steps."""
 
 
 @functools.cache
@@ -57,7 +66,7 @@ def parameters(model: ModelConfig) -> int:
 
 
 def test_there_is_one_experiment_per_method_and_size():
-    assert set(EXPERIMENTS) == {"quickstart"} | {f"{method}_{size}" for method in METHODS for size in SIZES}
+    assert set(EXPERIMENTS) == {*OTHERS, *PAPERS} | {f"{method}_{size}" for method in METHODS for size in SIZES}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -65,11 +74,14 @@ def test_experiment_composes_and_validates(name: str):
     config = composed(f"+exp={name}")
     assert check(config, 1) == []
     assert (config.run.name, config.run.dir) == (name, f"runs/{name}")
-    if name == "quickstart":
+    if name in PAPERS:
+        assert config.train.global_batch_size * config.data.sequence_length == PAPERS[name]
+    if name in OTHERS or name in PAPERS:
         return
     method, size = name.rsplit("_", 1)
     assert check(config, 8) == []
     assert config.norm.placement == METHODS[method]
+    assert config.norm.kind == KINDS.get(method, "rmsnorm")
     expected = composed(f"model=llama_{size}").model
     assert config.model == dataclasses.replace(expected, initializer=config.model.initializer)
     assert config.train.global_batch_size * config.data.sequence_length == 131_072
@@ -82,7 +94,7 @@ def test_experiment_composes_and_validates(name: str):
 def test_experiment_is_valid_when_shrunk(name: str):
     config = composed(f"+exp={name}")
     model = dataclasses.replace(config.model, **SMALL)
-    train = dataclasses.replace(config.train, steps=2, device="cpu")
+    train = dataclasses.replace(config.train, steps=2, tokens=None, device="cpu")
     schedule = dataclasses.replace(config.schedule, warmup_steps=1)
     assert check(dataclasses.replace(config, model=model, train=train, schedule=schedule), 1) == []
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from nexa.config.build import from_mapping
 from nexa.model.decoder import Decoder
 from nexa.model.init import initialise
+from nexa.model.statistics import tensors_of
 from tests.conftest import run_command
 
 STEPS, LR, CLIP = 20, 1e-3, 0.2
@@ -122,8 +123,8 @@ def _reference(text: str, ignore: float) -> Outcome:
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         losses.append(loss.item())
         optimizer.step()
-    weights = {n: p.detach() for n, p in model.named_parameters()}
-    measured = {n: [gradients[n], before[n].norm().item(), (w - before[n]).norm().item()] for n, w in weights.items()}
+    weights = {n: tensor.detach() for n, tensor in tensors_of(model)}
+    measured = {n: [gradients[n], w.norm().item(), (weights[n] - w).norm().item()] for n, w in before.items()}
     return Outcome(losses, norms, {n: w.flatten() for n, w in weights.items()}, measured=measured)
 
 

@@ -13,6 +13,8 @@ from tests.dist.common import PLACEMENTS, check, config, deviation, reference, r
 from tests.dist.grid import STAGES, parallel
 
 TP2, TP2_SP = (2, 1, False), (2, 1, True)
+CONVERTED = {"model": {"input_bias": True, "hidden_size": 23, "head_dim": 6}, "norm": {"kind": "crmsnorm"}}
+"""As `nexa convert` makes a model: biases, which are shared out like the rows of their matrices, and an odd width."""
 
 
 def test_one_process(tmp_path: Path) -> None:
@@ -24,6 +26,11 @@ def test_two_processes(tmp_path: Path) -> None:
     data = [config("mix", train={"micro_batch_size": 1}, parallel=parallel(stage, (1, 2, False))) for stage in STAGES]
     tensor = [config("mix", parallel=parallel(stage, TP2)) for stage in STAGES]
     sequence = [config("peri", parallel=parallel(stage, TP2_SP)) for stage in STAGES]
+    data.append(config(**CONVERTED, parallel=parallel(3, (1, 2, False))))
+    tensor.append(config(**CONVERTED, parallel=parallel(0, TP2)))
+    # key and value biases that every rank has whole
+    whole = CONVERTED["model"] | {"num_key_value_heads": 1, "intermediate_size": 41}
+    sequence.append(config(**CONVERTED | {"model": whole}, parallel=parallel(3, TP2_SP)))
     check(tmp_path, data + tensor + sequence, processes=2, ignore=0.3)
 
 
@@ -54,19 +61,20 @@ def test_megatron_core_layers_compute_the_same(tmp_path: Path) -> None:
     mappings.append(
         config("pre", model={"tie_word_embeddings": True}, parallel=parallel(1, TP2_SP, backend="megatron"))
     )
+    mappings.append(config(**CONVERTED, parallel=parallel(2, TP2_SP, backend="megatron")))
     check(tmp_path, mappings, processes=2, ignore=0.3)
 
 
 def test_the_plan_knows_what_a_rank_holds(tmp_path: Path) -> None:
     mappings = [
-        config("normformer", model={"num_key_value_heads": heads}, parallel=parallel(stage, TP2))
+        config("normformer", model={"num_key_value_heads": heads, "input_bias": True}, parallel=parallel(stage, TP2))
         for heads, stage in ((1, 1), (2, 3))
     ]
     for mapping, outcome in zip(mappings, run_jobs(tmp_path, mappings, 2, steps=1), strict=True):
         cfg = from_mapping(mapping)
         kv_heads = mapping["model"]["num_key_value_heads"]
-        matrices = {n: s for n, s in full_shapes(cfg.model, cfg.norm).items() if len(s) == 2}
-        assert outcome.held is not None and len(matrices) == 2 + 7 * 4
+        matrices = {n: s for n, s in full_shapes(cfg.model, cfg.norm).items() if len(s) == 2 or "proj.bias" in n}
+        assert outcome.held is not None and len(matrices) == 2 + 7 * 4 + 5 * 4
         for name, shape in matrices.items():
             assert outcome.held[name] == list(local_shape(name, shape, 2, kv_heads)), name
 

@@ -19,9 +19,13 @@ from nexa.parallel.topology import connect, disconnect
 def whole_tensors(engine: Engine, state: str = "weight") -> tuple[dict[str, torch.Tensor], float]:
     """(every master weight, or every tensor of an optimizer state, whole, put together from what ranks own; the largest
     difference between two owners)."""
-    low = {name: torch.full((math.prod(shape),), math.inf) for name, shape in engine.parameter_shapes().items()}
+    # statistics of the model are weights without a state
+    names = {name for name, _ in engine.module.named_parameters()} if state != "weight" else engine.parameter_shapes()
+    low = {n: torch.full((math.prod(shape),), math.inf) for n, shape in engine.parameter_shapes().items() if n in names}
     high = {name: torch.full_like(value, -math.inf) for name, value in low.items()}
     for fragment in engine.fragments():
+        if fragment.name not in low:
+            continue
         for run in fragment.shard.runs(fragment.start, fragment.stop):
             begin = run.offset - fragment.start
             values = fragment.tensors[state][begin : begin + run.rows * run.width].view(run.rows, run.width)

@@ -1,5 +1,6 @@
 """Models away from their initial values, and processes that have no nexa."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -41,13 +42,17 @@ def random_model(norm: dict | None = None, seed: int = 0, **model: object) -> De
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        for statistic in decoder.buffers():
+            statistic.add_(torch.rand(statistic.shape, generator=generator))
     return decoder.eval()
 
 
 def allowed(**norm: object) -> bool:
-    """Whether the configuration check lets these settings of the norm go together."""
-    found = check(from_mapping({"norm": norm, "train": {"steps": 1}}))
-    return not [problem for problem in found if problem.startswith("norm.")]
+    """Whether the configuration check lets these settings of norm and model go together."""
+    names = {field.name for field in dataclasses.fields(NormConfig)}
+    groups = {"norm": {k: v for k, v in norm.items() if k in names}, "train": {"steps": 1}}
+    groups["model"] = {k: v for k, v in norm.items() if k not in names}
+    return not [problem for problem in check(from_mapping(groups)) if problem.startswith(("norm.", "model."))]
 
 
 def random_ids(rows: int = 2, length: int = 20, seed: int = 1) -> torch.Tensor:

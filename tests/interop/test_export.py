@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.tokenizer import train_bpe
+from nexa.api import load_model
 from nexa.checkpoint import files
 from nexa.errors import UserError
 from nexa.interop.export import MODULES, export
+from nexa.interop.import_ import import_folder
 from tests.cli.common import read_json, write_checkpoint
 from tests.interop.common import WITHOUT_NEXA, python, random_ids, random_model
 
@@ -67,6 +69,8 @@ def test_opens_without_nexa(tmp_path):
         exported(tmp_path, "dyt", {"placement": "normformer", "kind": "dyt", "residual_gain": True}),
         exported(tmp_path, "gated", {"placement": "deepnorm", "kind": "gatednorm"}, shard_bytes=30_000),
         exported(tmp_path, "cosine", {"qk": "cosine"}),
+        exported(tmp_path, "scales", {"placement": "peri", "depth_scaling": True, "branch_scale": "layer_scale"}),
+        exported(tmp_path, "fixed", {"branch_scale": "fixed"}),
     ]
     assert {path.name for path in plain[0][0].path.iterdir()} == PLAIN
     assert {path.name for path in trust[0][0].path.iterdir()} == PLAIN | set(MODULES)
@@ -75,7 +79,7 @@ def test_opens_without_nexa(tmp_path):
         assert file.metadata() == {"format": "pt"}
     ways = [f"plain={done.path}" for done, _ in plain] + [f"trust={done.path}" for done, _ in trust]
     lines = python(WITHOUT_NEXA + OPEN, *ways, home=tmp_path).splitlines()
-    assert lines == ["LlamaForCausalLM transformers Hi"] * 3 + ["NexaForCausalLM transformers_modules Hi"] * 5
+    assert lines == ["LlamaForCausalLM transformers Hi"] * 3 + ["NexaForCausalLM transformers_modules Hi"] * 7
     for done, expected in plain + trust:
         check(done, expected)
 
@@ -115,6 +119,18 @@ def test_half_precision_is_the_rounded_master(tmp_path, name, dtype):
     for key, parameter in random_model({"placement": "peri"}).named_parameters():
         assert torch.equal(found[key], parameter.detach().to(dtype)), key
     assert read_json(done.path / "config.json")["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_statistics_stay_fp32(tmp_path):
+    """Exported as bf16 and imported again: weights are rounded, statistics are not."""
+    done, _ = exported(tmp_path, "running", {"kind": "unifiednorm"}, dtype="bf16")
+    found, decoder = load_file(done.path / "model.safetensors"), random_model({"kind": "unifiednorm"})
+    assert sum(tensor.nbytes for tensor in found.values()) == done.weight_bytes
+    again = load_model(import_folder(done.path, tmp_path / "imported").path)
+    for key, statistic in decoder.named_buffers():
+        assert torch.equal(found[key], statistic), key
+        assert torch.equal(again.get_buffer(key), statistic), key
+    assert again.model.norm.weight.equal(decoder.model.norm.weight.bfloat16().float())
 
 
 def test_what_fp16_cannot_hold_is_named(tmp_path):

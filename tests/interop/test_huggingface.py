@@ -71,6 +71,7 @@ def test_a_configuration_from_before_the_gates_takes_the_default():
         NormConfig(qk="rms"),
         NormConfig(embedding=True),
         NormConfig(final=False),
+        NormConfig(pre_affine=True),
         *(NormConfig(kind=kind) for kind in KINDS if kind != "rmsnorm"),
     ],
 )
@@ -79,6 +80,13 @@ def test_what_transformers_llama_does_not_compute_is_not_called_llama(norm):
     assert config_json(model, NormConfig(), eos_token_id=1)["model_type"] == "llama"
     config = config_json(model, norm, eos_token_id=1)
     assert (config["model_type"], config["architectures"]) == ("nexa", ["NexaForCausalLM"])
+
+
+@pytest.mark.parametrize("option", [{"attention_gate": "headwise"}, {"fixnorm": True}], ids=str)
+def test_options_of_the_model_come_back_and_are_no_llama(option):
+    model = dataclasses.replace(tiny_model().config, head_dim=8, **option)
+    assert config_json(model, NormConfig(), eos_token_id=1)["model_type"] == "nexa"
+    assert through_json(model, NormConfig()) == (model, NormConfig())
 
 
 def test_a_width_that_llama_config_refuses_is_not_called_llama():

@@ -9,19 +9,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nexa.config.norm_checks import BHYT_PLACEMENTS
 from nexa.interop.export import MODULES, standalone_config, standalone_files
 from nexa.interop.huggingface import config_json
 from nexa.interop.standalone.configuration_nexa import NexaConfig
 from nexa.interop.standalone.modeling_nexa import NexaForCausalLM
 from nexa.model.kinds import KINDS
 from nexa.model.placement import PLACEMENTS
+from nexa.model.statistics import tensors_of
 from tests.interop.common import WITHOUT_NEXA, allowed, python, random_ids, random_model
 
 GRID = [{"placement": p, "kind": k, "residual_gain": p == "normformer"} for p in PLACEMENTS for k in KINDS]
 GRID += [{"placement": p, "qk": qk} for p in ("pre", "post", "normformer") for qk in ("rms", "rms_full", "cosine")]
 GRID += [{"kind": k, "embedding": True, "final": False} for k in KINDS]
+GRID += [{"placement": p, "kind": "bhyt", "bhyt_tokens": 2, "qk": "rms"} for p in BHYT_PLACEMENTS]
+GRID += [{"kind": k, "pre_affine": True} for k in KINDS]
+GRID += [{"placement": "normformer", "head_scale": "output"}]
+GRID += [{"attention_gate": gate, "placement": p} for gate in ("elementwise", "headwise") for p in ("pre", "hybrid")]
+GRID += [{"fixnorm": True, "tie_word_embeddings": tied} for tied in (False, True)]
 GRID += [{"placement": "deepnorm", "final": True, "deepnorm_alpha": 1.7}, {"placement": "mix", "mix_post_layers": 3}]
 GRID = [norm for norm in GRID if allowed(**norm)]
+MODEL_KEYS = {"attention_gate", "fixnorm", "tie_word_embeddings"}
 RUN = """
 import json, sys, torch
 from pathlib import Path
@@ -58,10 +66,13 @@ def test_every_placement_kind_and_option_without_nexa(tmp_path):
     ids, expected = random_ids(), {}
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
     for number, norm in enumerate(GRID):
-        decoder = random_model(norm, seed=number, tie_word_embeddings=number % 3 == 0).double()
+        model = {"tie_word_embeddings": number % 3 == 0, "input_bias": number % 5 == 0}
+        model |= {key: norm[key] for key in MODEL_KEYS & norm.keys()}
+        only_norm = {key: value for key, value in norm.items() if key not in MODEL_KEYS}
+        decoder = random_model(only_norm, seed=number, **model).double()
         folder = tmp_path / "grid" / f"{number:03d}"
         folder.mkdir(parents=True)
-        state = {name: p.detach().contiguous() for name, p in decoder.named_parameters()}
+        state = {name: tensor.detach().contiguous() for name, tensor in tensors_of(decoder)}
         save_file(state, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config_of(decoder)))
         with torch.no_grad():
@@ -93,7 +104,12 @@ def test_the_modules_need_torch_and_transformers_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_half_precision_rounds_as_the_decoder_does(dtype):
-    for norm in ({"placement": "peri"}, {"placement": "lns", "kind": "layernorm"}, {"qk": "cosine"}):
+    for norm in (
+        {"placement": "peri"},
+        {"placement": "lns", "kind": "layernorm"},
+        {"qk": "cosine"},
+        {"kind": "powernorm"},
+    ):
         decoder = random_model(norm)
         model = carried(decoder).to(dtype)
         ids = random_ids()
@@ -108,9 +124,14 @@ def carried(decoder):
     return model
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_cache_changes_nothing(placement):
-    decoder = random_model({"placement": placement, "qk": "none"}).double()
+CACHED = [({"placement": p}, {}) for p in PLACEMENTS]
+CACHED += [({"kind": "bhyt", "bhyt_tokens": 2}, {}), ({"placement": "normformer", "head_scale": "output"}, {})]
+CACHED += [({}, {"attention_gate": "headwise", "fixnorm": True, "tie_word_embeddings": True})]
+
+
+@pytest.mark.parametrize(("norm", "sizes"), CACHED, ids=str)
+def test_the_cache_changes_nothing(norm, sizes):
+    decoder = random_model(norm, **sizes).double()
     model, ids = carried(decoder).double(), random_ids(2, 12)
     with torch.no_grad():
         full = decoder(ids)

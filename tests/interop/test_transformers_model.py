@@ -168,6 +168,8 @@ OPTIONS = dict(attention_mask=MASK, max_new_tokens=8, eos_token_id=None, pad_tok
 MODELS = {
     **{name: dict(placement=name) for name in PLACEMENTS},
     **{kind: dict(placement="post", kind=kind, tie_word_embeddings=kind == "layernorm") for kind in KINDS},
+    "bhyt": dict(kind="bhyt"),
+    "gates and fixnorm": dict(attention_gate="elementwise", fixnorm=True, tie_word_embeddings=True),
 }
 
 

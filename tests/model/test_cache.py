@@ -1,5 +1,7 @@
 """A model that reads a sequence in pieces, through a cache, says what it says of the whole."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -17,6 +19,9 @@ LENGTH = sum(PIECES)
 IDS = torch.randint(0, 60, (3, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
+NORM = {field.name for field in dataclasses.fields(NormConfig)}
+
+
 def decoder(*, placement="pre", kind="rmsnorm", qk="none", dtype=torch.float64, **sizes):
     """A tiny model whose every parameter is away from its initial value."""
     usual = dict(
@@ -29,10 +34,10 @@ def decoder(*, placement="pre", kind="rmsnorm", qk="none", dtype=torch.float64, 
         max_position_embeddings=64,
         rope_theta=500.0,
     )
+    options = {name: sizes.pop(name) for name in NORM & sizes.keys()}
     config = ModelConfig(**(usual | sizes))
-    norm = NormConfig(
-        placement=placement, kind=kind, qk=qk, gate_rank=5, residual_gain=placement == "normformer", embedding=True
-    )
+    gain = placement == "normformer"
+    norm = NormConfig(placement=placement, kind=kind, qk=qk, gate_rank=5, residual_gain=gain, embedding=True, **options)
     model = Decoder(config, norm)
     initialise(model, config, norm, 0)
     generator = torch.Generator().manual_seed(1)
@@ -45,7 +50,18 @@ def decoder(*, placement="pre", kind="rmsnorm", qk="none", dtype=torch.float64, 
 
 CASES = {
     **{f"placement {name}": dict(placement=name) for name in PLACEMENTS},
-    **{f"{kind}, {name}": dict(placement=name, kind=kind) for kind in KINDS for name in ("pre", "post")},
+    **{
+        f"{kind}, {name}": dict(placement=name, kind=kind)
+        for kind in KINDS
+        for name in ("pre", "post")
+        if (name, kind) != ("post", "bhyt")
+    },
+    "bhyt, lns": dict(placement="lns", kind="bhyt", bhyt_tokens=2),
+    "a weight before": dict(pre_affine=True),
+    "scaled output": dict(placement="normformer", head_scale="output"),
+    "gated features": dict(attention_gate="elementwise"),
+    "gated heads": dict(attention_gate="headwise", placement="hybrid"),
+    "fixnorm": dict(fixnorm=True, tie_word_embeddings=True),
     **{
         f"qk {qk}, {name}": dict(placement=name, qk=qk)
         for qk in ("rms", "rms_full", "cosine")

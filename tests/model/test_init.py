@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.stats
 import torch
 
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.decoder import Decoder, flops_per_token, parameter_count
-from nexa.model.init import RULES, initialise, layer_index, role_of
+from nexa.model.init import RULES, bias_role, initialise, layer_index, role_of
+from nexa.optim.build import decays
 
 D, F, L, V = 128, 192, 3, 512
 
 
-def build(rule: str = "normal", placement: str = "pre", layers: int = L, seed: int = 0) -> dict[str, torch.Tensor]:
+def build(
+    rule: str = "normal", placement: str = "pre", layers: int = L, seed: int = 0, **model_keys
+) -> dict[str, torch.Tensor]:
     model = ModelConfig(
         vocab_size=V,
         hidden_size=D,
@@ -22,6 +26,7 @@ def build(rule: str = "normal", placement: str = "pre", layers: int = L, seed: i
         num_hidden_layers=layers,
         num_attention_heads=4,
         initializer=rule,
+        **model_keys,
     )
     norm = NormConfig(placement=placement)  # type: ignore[arg-type]
     decoder = Decoder(model, norm)
@@ -32,6 +37,13 @@ def build(rule: str = "normal", placement: str = "pre", layers: int = L, seed: i
 # standard deviation of: embedding, head, q, o of block 2, up of block 2, down of block 2
 FORMULAS = {
     "normal": (0.02,) * 6,
+    "truncated": (0.02,) * 6,
+    "scaled_depth": (0.02, 0.02, 0.02, 0.02 / math.sqrt(6), 0.02, 0.02 / math.sqrt(6)),
+    "llama": (1.0, D**-0.5, 0.02, *(0.02 / math.sqrt(2 * L),) * 3),
+    "fan_in": (1.0, *(D**-0.5,) * 4, F**-0.5),
+    "mitchell": (*(D**-0.5,) * 3, (6 * D) ** -0.5, D**-0.5, (6 * F) ** -0.5),
+    "tinyllama": (*(math.sqrt(0.4 / D),) * 3, D**-0.5 / L, math.sqrt(0.4 / D), F**-0.5 / L),
+    "transformers_without_tears": (*(math.sqrt(0.4 / D),) * 4, *(math.sqrt(2 / (D + F)),) * 2),
     "scaled": (0.02, 0.02, 0.02, 0.02 / math.sqrt(2 * L), 0.02, 0.02 / math.sqrt(2 * L)),
     "llama_depth": (1.0, D**-0.5, 0.02, 0.02 / math.sqrt(6), 0.02 / math.sqrt(6), 0.02 / math.sqrt(6)),
     "small_init": (*(math.sqrt(0.4 / D),) * 3, 2 / (L * math.sqrt(D)), math.sqrt(0.4 / D), 2 / (L * math.sqrt(D))),
@@ -42,7 +54,8 @@ FORMULAS = {
     ),
     "xavier": (0.02, 0.02, math.sqrt(1 / D), math.sqrt(1 / D), math.sqrt(2 / (D + F)), math.sqrt(2 / (D + F))),
 }  # fmt: skip
-TRUNCATED = {"llama_depth", "full_megatron"}
+TRUNCATED = {"truncated", "llama", "llama_depth", "fan_in", "mitchell", "full_megatron"}
+UNIT_EMBEDDING = {"llama", "llama_depth", "fan_in"}
 NAMES = (
     "model.embed_tokens.weight",
     "lm_head.weight",
@@ -63,11 +76,34 @@ def test_moments(rule: str) -> None:
     # a normal distribution cut at 3 sigma has 0.9866 of its standard deviation
     cut = 0.98658 if rule in TRUNCATED else 1.0
     for name, std in zip(NAMES, FORMULAS[rule], strict=True):
-        expected = std * (1.0 if rule == "llama_depth" and "embed" in name else cut)
+        expected = std * (1.0 if rule in UNIT_EMBEDDING and "embed" in name else cut)
         assert state[name].std().item() == pytest.approx(expected, rel=0.02), name
         assert abs(state[name].mean().item()) < 5 * expected / math.sqrt(state[name].numel())
-        if rule in TRUNCATED and "embed" not in name:
+        if rule in TRUNCATED and not (rule in UNIT_EMBEDDING and "embed" in name):
             assert state[name].abs().max() <= 3 * std * 1.0001
+
+
+@pytest.mark.parametrize("shape", [0.7, 1.0, 4.0])
+def test_generalised_gaussian_has_the_rule_s_deviation_and_its_own_tails(shape: float) -> None:
+    state = build(initializer_shape=shape)
+    values = torch.cat([state[name].flatten() for name in NAMES]).double() / 0.02
+    gamma = math.gamma
+    fourth = gamma(5 / shape) * gamma(1 / shape) / gamma(3 / shape) ** 2
+    sixth = gamma(7 / shape) * gamma(1 / shape) ** 2 / gamma(3 / shape) ** 3
+    count = values.numel()
+    for moment, expected, noise in ((2, 1.0, math.sqrt(fourth - 1)), (4, fourth, math.sqrt(sixth * 4 * fourth))):
+        assert abs(values.pow(moment).mean().item() - expected) < 5 * noise / math.sqrt(count) + 0.02 * expected
+    assert abs(values.mean().item()) < 5 / math.sqrt(count)
+    # P(|x| < median) is 1/2 where the regularised incomplete gamma function says
+    median = float(scipy.stats.gennorm(shape, scale=math.sqrt(gamma(1 / shape) / gamma(3 / shape))).ppf(0.75))
+    assert (values.abs() < median).double().mean().item() == pytest.approx(0.5, abs=0.005)
+
+
+def test_generalised_gaussian_obeys_the_cut_and_the_seed() -> None:
+    cut = build("truncated", initializer_shape=1.0)
+    assert 0.95 * 0.06 < cut[NAMES[0]].abs().max() <= 0.06
+    assert torch.equal(cut[NAMES[0]], build("truncated", initializer_shape=1.0)[NAMES[0]])
+    assert not torch.equal(cut[NAMES[0]], build("truncated", initializer_shape=1.0, seed=1)[NAMES[0]])
 
 
 def test_deepnorm_gain_is_beta_on_value_output_and_feed_forward() -> None:
@@ -99,6 +135,17 @@ def test_weights_depend_on_seed_and_name_only() -> None:
     assert not torch.equal(
         shallow["model.layers.0.self_attn.q_proj.weight"], shallow["model.layers.1.self_attn.q_proj.weight"]
     )
+
+
+def test_biases_start_at_zero_and_move_no_other_weight() -> None:
+    plain, state = build(), build(input_bias=True)
+    biases = {name for name in state if bias_role(name) is not None}
+    layers = [f"self_attn.{n}_proj" for n in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+    wanted = {f"model.layers.{i}.{layer}.bias" for i in range(L) for layer in layers} | {"lm_head.bias"}
+    assert biases == wanted == set(state) - set(plain)
+    assert all(not state[name].any() and not decays(name, decay_norms=True) for name in biases)
+    assert all(torch.equal(state[name], plain[name]) for name in plain)
+    assert bias_role("model.norm.bias") is None
 
 
 def test_roles_and_layers_from_names() -> None:

@@ -52,7 +52,20 @@ TENSORS = {
     "scalenorm": {"weight": ("1", "sqrt n")},
     "dyt": {"weight": ("n", 1.0), "alpha": ("1", 1.0)},
     "seednorm": {"weight": ("n", 1.0), "alpha": ("n", 1.0), "beta": ("n", 0.0)},
+    "eln": {"weight": ("n", 1.0), "bias": ("n", 0.0), "c": ("1", 1.0)},
+    "bhyt": {"weight": ("n", 1.0), "lambda": ("1", "by site")},
     "gatednorm": {"weight": ("n", 1.0), "gate_down.weight": ("rn", None), "gate_up.weight": ("nr", 0.0)},
+    "powernorm": {
+        "weight": ("n", 1.0),
+        "bias": ("n", 0.0),
+        "updates": ("1", 0.0),
+        "running_square": ("n", 1.0),
+        "running_gradient": ("n", 0.0),
+    },
+}
+TENSORS["unifiednorm"] = TENSORS["powernorm"] | {
+    "recent_squares": ("4n", 0.0),
+    "recent_gradients": ("4n", 0.0),
 }
 
 
@@ -71,13 +84,16 @@ def test_names_shapes_and_initial_values(kind: str) -> None:
     known = ("embed_tokens", "_proj", "lm_head", "head_scale", "embed_scale")
     assert {name for name in state if not any(word in name for word in known)} == set(expected)
     for name, (n, shape, value) in expected.items():
-        assert tuple(state[name].shape) == {"n": (n,), "1": (1,), "rn": (RANK, n), "nr": (n, RANK)}[shape], name
+        assert (
+            tuple(state[name].shape) == {"n": (n,), "1": (1,), "rn": (RANK, n), "nr": (n, RANK), "4n": (4, n)}[shape]
+        ), name
         if value is None:
             assert state[name].std().item() == pytest.approx(0.02, rel=0.25), name
         else:
-            wanted = math.sqrt(n) if value == "sqrt n" else value
+            by_site = 1.0 if ".post_attention" in name or ".mlp." in name else 2.0
+            wanted = {"sqrt n": math.sqrt(n), "by site": by_site}.get(value, value)
             torch.testing.assert_close(state[name], torch.full_like(state[name], wanted))
-    assert ("model.embed_scale" in state) == (kind == "dyt")
+    assert ("model.embed_scale" in state) == (kind in {"dyt", "eln"})
 
 
 def test_gates_are_drawn_by_name_and_seed() -> None:

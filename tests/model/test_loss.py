@@ -39,6 +39,23 @@ def test_value_and_gradients(chunk: int) -> None:
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, chunk), expected)
 
 
+@pytest.mark.parametrize("chunk", [8, 100])
+def test_with_a_bias(chunk: int) -> None:
+    hidden, weight, labels = inputs()
+    bias = torch.randn(29, dtype=torch.float64, requires_grad=True)
+    leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+    logits = F.linear(leaves[0], leaves[1], leaves[2])
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    loss = linear_cross_entropy(hidden, weight, labels, chunk, bias=bias)
+    (loss * 0.7).backward()
+    (expected * 0.7).backward()
+    torch.testing.assert_close(loss, expected)
+    for found, wanted in zip((hidden, weight, bias), leaves, strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, chunk, bias=bias), expected)
+
+
 def test_nothing_scored_is_zero_with_zero_gradients() -> None:
     hidden, weight, labels = inputs()
     labels[:] = IGNORED

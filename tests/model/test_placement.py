@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nexa.config.norm_checks import BHYT_PLACEMENTS
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.model.decoder import Decoder
 from nexa.model.kinds import KINDS
@@ -23,14 +24,19 @@ SHAPE = dict(
 
 
 def random_decoder(norm: NormConfig, seed: int = 0, **model) -> Decoder:
-    """Float64, every parameter random: no gain is one, no bias zero."""
+    """Float64, every parameter random: no gain is one, no bias zero. In evaluation mode: `test_running` is about
+    the training mode of the kinds that have one."""
     decoder = Decoder(ModelConfig(**{**SHAPE, **model}), norm).double()
     generator = torch.Generator().manual_seed(seed)
+    scale = 0.1 if norm.placement == "none" else 0.3  # without norms the stream grows like a tower of powers
     with torch.no_grad():
         for parameter in decoder.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
-    return decoder
+            parameter.copy_(noise * scale + (1.0 if parameter.dim() == 1 else 0.0))
+        for buffer in decoder.buffers():
+            # large, so that norms shrink what statistics of random numbers know nothing of
+            buffer.copy_(40 * (0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64)))
+    return decoder.eval()
 
 
 def compare(norm: NormConfig, documents=None, **model) -> None:
@@ -39,10 +45,25 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
     ids = torch.randint(0, 53, (2, 11), generator=generator)
     labels = torch.randint(0, 53, (2, 11), generator=generator)
     state = {name: p.detach().clone().requires_grad_() for name, p in decoder.named_parameters()}
+    state |= dict(decoder.named_buffers())
     options = {
         k: getattr(norm, k)
-        for k in ("qk", "embedding", "residual_gain", "mix_alpha", "mix_post_layers", "deepnorm_alpha")
+        for k in (
+            "qk",
+            "embedding",
+            "residual_gain",
+            "mix_alpha",
+            "mix_post_layers",
+            "deepnorm_alpha",
+            "pre_affine",
+            "head_scale",
+            "depth_scaling",
+            "branch_scale",
+            "branch_scale_value",
+        )
     }
+    options |= {k: model[k] for k in ("attention_gate", "fixnorm") if k in model}
+    options["tokens"] = norm.bhyt_tokens or 1024
     if norm.final is not None:
         options["final"] = norm.final
     reference = Reference(
@@ -57,7 +78,7 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
     )
     expected = reference.logits(ids, documents)
     actual = decoder(ids, document_ids=documents)
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
 
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum").backward()
     decoder(ids, labels, documents).backward()
@@ -65,24 +86,61 @@ def compare(norm: NormConfig, documents=None, **model) -> None:
         assert parameter.grad is not None, name
         assert state[name].grad is not None, f"{name} is not used by the reference"
         torch.testing.assert_close(
-            parameter.grad, state[name].grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            parameter.grad, state[name].grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("placement", sorted(PLACEMENTS))
+PAIRS = [(p, k) for p in sorted(PLACEMENTS) for k in KINDS if k != "bhyt" or p in BHYT_PLACEMENTS]
+
+
+@pytest.mark.parametrize(("placement", "kind"), PAIRS)
 def test_logits_and_gradients_equal_the_reference(placement: str, kind: str) -> None:
     compare(NormConfig(placement=placement, kind=kind))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("placement", ["pre", "mix", "hybrid", "deepnorm"])
+@pytest.mark.parametrize(
+    ("placement", "options"),
+    [
+        ("peri", {"depth_scaling": True}),
+        ("peri", {"depth_scaling": True, "branch_scale": "fixed"}),
+        ("post", {"branch_scale": "fixed", "branch_scale_value": 0.3}),
+        ("peri", {"branch_scale": "skip_init"}),
+        ("post", {"branch_scale": "layer_scale"}),
+    ],
+)
+def test_scales_on_what_sublayers_read_and_give(placement: str, options: dict) -> None:
+    compare(NormConfig(placement=placement, **options))  # type: ignore[arg-type]
+
+
+def test_depth_scaling_of_pre_is_lns() -> None:
+    combined = block_plans(NormConfig(placement="pre", depth_scaling=True), 5)
+    assert combined == block_plans(NormConfig(placement="lns"), 5)
+
+
+def test_initial_branch_scales() -> None:
+    def first(layers: int, **options) -> float:
+        return block_plans(NormConfig(**options), layers)[0].mlp.branch_scale
+
+    assert first(8, branch_scale="fixed") == 0.25
+    assert first(16, branch_scale="skip_init") == 0.25
+    assert [first(n, branch_scale="layer_scale") for n in (18, 24, 32)] == [0.1, 1e-5, 1e-6]
+    assert first(8, branch_scale="skip_init", branch_scale_value=0.01) == 0.01
+    with torch.device("meta"):
+        decoder = Decoder(ModelConfig(**SHAPE), NormConfig(branch_scale="layer_scale"))
+    shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters() if name.endswith("_scale")}
+    assert shapes["model.layers.3.attn_scale"] == shapes["model.layers.0.mlp_scale"] == (24,)
+    assert len(shapes) == 2 * LAYERS
+
+
+@pytest.mark.parametrize("placement", sorted(PLACEMENTS))
 def test_tied_head(placement: str) -> None:
     compare(NormConfig(placement=placement), tie_word_embeddings=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_with_a_tied_head_and_an_embedding_norm(kind: str) -> None:
-    compare(NormConfig(placement="peri", kind=kind, embedding=True, qk="rms"), tie_word_embeddings=True)  # type: ignore[arg-type]
+    placement = "lns" if kind == "bhyt" else "peri"
+    compare(NormConfig(placement=placement, kind=kind, embedding=True, qk="rms"), tie_word_embeddings=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -100,11 +158,46 @@ def test_kinds_with_a_tied_head_and_an_embedding_norm(kind: str) -> None:
         NormConfig(placement="reordered", qk="rms_full"),
         NormConfig(kind="gatednorm", gate_rank=3),
         NormConfig(placement="normformer", kind="seednorm", residual_gain=True, eps=1e-2),
+        NormConfig(placement="normformer", head_scale="output", qk="rms"),
+        NormConfig(placement="normformer", kind="layernorm", head_scale="output", residual_gain=True),
+        NormConfig(kind="bhyt", bhyt_tokens=3, eps=1e-2),
+        NormConfig(kind="eln", placement="mix", eps=0.3),
     ],
     ids=str,
 )
 def test_options(norm: NormConfig) -> None:
     compare(norm)
+
+
+WITH_STATISTICS = [kind for kind in KINDS if kind not in {"bhyt", "dyt", "eln", "powernorm", "unifiednorm"}]
+
+
+@pytest.mark.parametrize("kind", WITH_STATISTICS)
+def test_a_weight_before_the_statistics(kind: str) -> None:
+    compare(NormConfig(placement="normformer", kind=kind, pre_affine=True, embedding=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("placement", ["pre", "hybrid", "normformer", "reordered"])
+@pytest.mark.parametrize("gate", ["elementwise", "headwise"])
+def test_gated_attention(gate: str, placement: str) -> None:
+    compare(NormConfig(placement=placement, qk="none"), attention_gate=gate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["rmsnorm", "scalenorm", "bhyt"])
+def test_fixnorm(kind: str, tied: bool) -> None:
+    compare(NormConfig(kind=kind, embedding=kind == "rmsnorm"), fixnorm=True, tie_word_embeddings=tied)  # type: ignore[arg-type]
+
+
+def test_bhyt_needs_the_norms_of_a_block_in_pairs() -> None:
+    """What the configuration check refuses is what the block cannot pair."""
+    paired = {p for p in PLACEMENTS if all(plan.pairs_inputs for plan in block_plans(NormConfig(placement=p), LAYERS))}  # type: ignore[arg-type]
+    assert paired == set(BHYT_PLACEMENTS)
+
+
+@pytest.mark.parametrize(("norm", "tied"), [(NormConfig(), False), (NormConfig("normformer", qk="rms_full"), True)])
+def test_input_biases(norm: NormConfig, tied: bool) -> None:
+    compare(norm, input_bias=True, tie_word_embeddings=tied)
 
 
 def test_documents_do_not_see_each_other() -> None:

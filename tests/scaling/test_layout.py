@@ -35,8 +35,12 @@ def test_keys_and_values_stay_whole_when_they_cannot_be_dealt():
     assert local_shape("model.layers.0.self_attn.k_proj.weight", (16, 32), 4, 2) == (16, 32)
     assert local_shape("model.layers.0.self_attn.k_proj.weight", (16, 32), 2, 2) == (8, 32)
     assert local_shape("model.layers.0.self_attn.q_proj.weight", (32, 32), 4, 2) == (8, 32)
+    assert local_shape("model.layers.0.self_attn.gate_proj.weight", (4, 32), 2, 2) == (2, 32)
     assert local_shape("model.layers.0.mlp.down_proj.weight", (32, 80), 4, 2) == (32, 20)
     assert local_shape("model.norm.weight", (32,), 4, 2) == (32,)
+    assert local_shape("model.layers.0.self_attn.k_proj.bias", (16,), 4, 2) == (16,)
+    assert local_shape("model.layers.0.mlp.up_proj.bias", (81,), 2, 2) == (41,)
+    assert local_shape("model.norm.bias", (32,), 4, 2) == (32,)
 
 
 @pytest.mark.parametrize("tensor", [2, 3, 4, 7])

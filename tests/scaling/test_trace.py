@@ -74,7 +74,32 @@ def test_every_placement_keeps_what_autograd_keeps(placement):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_keeps_what_autograd_keeps(kind):
     cfg = configuration(norm={"kind": kind, "placement": "peri"})
-    assert traced(cfg).blocks[0].kept == pytest.approx(really_kept(cfg, 0), rel=0.01)
+    # running norms keep a few vectors for all sequences, of which the trace counts one for each
+    running = kind in {"powernorm", "unifiednorm"}
+    assert traced(cfg).blocks[0].kept == pytest.approx(really_kept(cfg, 0), rel=0.02 if running else 0.01)
+
+
+OPTIONS = [
+    ({"kind": "bhyt"}, {}),
+    ({"pre_affine": True, "placement": "normformer", "head_scale": "output"}, {"attention_gate": "elementwise"}),
+    ({}, {"attention_gate": "headwise", "num_key_value_heads": 1}),
+]
+
+
+@pytest.mark.parametrize(("norm", "model"), OPTIONS, ids=str)
+def test_options_keep_what_autograd_keeps(norm, model):
+    cfg = configuration(norm=norm, model=model)
+    assert traced(cfg).blocks[1].kept == pytest.approx(really_kept(cfg, 1), rel=0.01)
+
+
+def test_fixnorm_keeps_two_more_tables():
+    """The rows of length one, which the loss multiplies with, and those of the embedding's output."""
+    found = [
+        traced(configuration(model={"tie_word_embeddings": True, "fixnorm": fixnorm})) for fixnorm in (False, True)
+    ]
+    table = 4 * configuration().model.vocab_size * D
+    assert found[1].logits.forward - found[0].logits.forward == pytest.approx(table, rel=0.1)
+    assert found[1].embedding.kept - found[0].embedding.kept >= 4 * TOKENS * D
 
 
 def test_logits_of_one_chunk_only():

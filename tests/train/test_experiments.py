@@ -26,6 +26,7 @@ SHRINK = [
     "data.sequence_length=16",
     "train.global_batch_size=4",
     "train.micro_batch_size=2",
+    "train.tokens=null",
     "train.steps=2",
     "schedule.warmup_steps=1",
     "eval.batches=1",
@@ -41,9 +42,17 @@ def topology() -> Iterator[Topology]:
     disconnect()
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+SIZES = ("130m", "250m", "350m", "1b", "7b")
+OTHER_SIZES = {name for name in EXPERIMENTS if any(name.endswith(f"_{size}") for size in SIZES)} - {
+    name for name in EXPERIMENTS if name.startswith("paper_")
+}
+"""Experiments that shrunk to one size are the 71m ones again."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHER_SIZES)) for n in EXPERIMENTS])
 def test_two_steps(name: str, topology: Topology, embedded_cache: Path, tmp_path: Path) -> None:
-    cfg = compose([f"+exp={name}", *SHRINK, f"data.cache_dir={embedded_cache}", f"run.dir={tmp_path}"])
+    new = ["resume.mode=auto", "resume.path=null"]  # also what goes on from a trained model begins anew here
+    cfg = compose([f"+exp={name}", *SHRINK, *new, f"data.cache_dir={embedded_cache}", f"run.dir={tmp_path}"])
     assert check(cfg, world_size=1) == []
     folder = RunFolder(cfg)
     folder.open(cfg, topology)

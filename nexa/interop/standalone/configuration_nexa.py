@@ -20,14 +20,16 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
+    "nexa_input_bias": False,
 }
 
 
 class NexaConfig(PretrainedConfig):
-    """Sizes as in LlamaConfig, and two keys of its own.
+    """Sizes as in LlamaConfig, and three keys of its own.
 
     `nexa_norm`: `kind` of the norms and their options. `nexa_plan`: `blocks`, which norms and fixed scales each
-    block has, and `final_norm`, whether there is one before the head.
+    block has, and `final_norm`, whether there is one before the head. `nexa_input_bias`: biases on the query, key,
+    value, gate and up projections and on the head.
     """
 
     model_type = "nexa"

@@ -5,7 +5,7 @@ the folder with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=
 
 A sublayer f (attention or feed-forward) maps the residual stream x to
 
-    y = M_residual( skip_scale * x + M_output( f( input_scale * M_input(x) ) ) )
+    y = M_residual( skip_scale * x + branch_scale * M_output( f( input_scale * M_input(x) ) ) )
 
 where each M is a norm or absent. Statistics of norms are taken in fp32 (fp64 for fp64 input).
 """
@@ -21,125 +21,9 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nexa import NexaConfig
+from .norms_nexa import KINDS, BHyT, RMSNorm, wide_of
 
 Plan = dict[str, Any]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def mean_square(self, wide: Tensor) -> Tensor:
-        """[..., n] -> [..., 1]."""
-        return wide.square().mean(-1, keepdim=True)
-
-    def unit(self, x: Tensor) -> Tensor:
-        """Before the weight."""
-        wide = _wide(x)
-        return (wide * torch.rsqrt(self.mean_square(wide) + self.eps)).to(x.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        return self.unit(x) * self.weight
-
-
-class CRMSNorm(RMSNorm):
-    """RMSNorm of n + 1 coordinates with sum zero, of which the last is not kept (arXiv 2305.14858)."""
-
-    def mean_square(self, wide: Tensor) -> Tensor:
-        """[..., n] -> [..., 1], over n + 1 coordinates."""
-        total = wide.square().sum(-1, keepdim=True) + wide.sum(-1, keepdim=True).square()
-        return total / (wide.shape[-1] + 1)
-
-
-class LayerNorm(nn.Module):
-    """weight * (x - mean x) / sqrt(var x + eps) + bias."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        wide = _wide(x)
-        centred = wide - wide.mean(-1, keepdim=True)
-        unit = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        return unit.to(x.dtype) * self.weight + self.bias
-
-
-class ScaleNorm(nn.Module):
-    """weight * x / max(|x|, 1e-5), one weight (arXiv 1910.05895)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        wide = _wide(x)
-        length = wide.square().sum(-1, keepdim=True).clamp_min(1e-10)
-        return (wide * torch.rsqrt(length)).to(x.dtype) * self.weight
-
-
-class DyT(nn.Module):
-    """weight * tanh(alpha x) (arXiv 2503.10622)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        self.weight, self.alpha = nn.Parameter(torch.ones(size)), nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        return torch.tanh(self.alpha * x) * self.weight
-
-
-class SeeDNorm(RMSNorm):
-    """(tanh(x . beta) alpha + weight) * x / sqrt(mean(x^2) + eps) (arXiv 2510.22777)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__(size, eps)
-        self.alpha, self.beta = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        wide = _wide(x)
-        dynamic = torch.tanh(wide @ self.beta.to(wide.dtype)).unsqueeze(-1).to(x.dtype)
-        return self.unit(x) * (dynamic * self.alpha + self.weight)
-
-
-class GatedNorm(RMSNorm):
-    """2 y * sigmoid(up silu(down y)) with y = RMSNorm(x) (arXiv 2601.22966)."""
-
-    def __init__(self, size: int, eps: float, rank: int = 0) -> None:
-        super().__init__(size, eps)
-        self.gate_down = nn.Linear(size, rank, bias=False)
-        self.gate_up = nn.Linear(rank, size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
-        y = super().forward(x)
-        return 2 * y * torch.sigmoid(self.gate_up(F.silu(self.gate_down(y))))
-
-
-KINDS: dict[str, Any] = {
-    "rmsnorm": RMSNorm,
-    "layernorm": LayerNorm,
-    "crmsnorm": CRMSNorm,
-    "scalenorm": ScaleNorm,
-    "dyt": DyT,
-    "seednorm": SeeDNorm,
-    "gatednorm": GatedNorm,
-}
-"""Values of `nexa_norm.kind`."""
 
 
 def _eps(config: NexaConfig) -> float:
@@ -153,7 +37,15 @@ def _norm(config: NexaConfig, size: int | None = None) -> nn.Module:
     if kind not in KINDS:
         raise ValueError(f"config.json: nexa_norm.kind={kind!r}: must be one of {', '.join(KINDS)}")
     norm: nn.Module = KINDS[kind](size or config.hidden_size, _eps(config), config.nexa_norm.get("gate_rank", 16))
+    if config.nexa_norm.get("pre_affine"):
+        norm.pre_weight = nn.Parameter(torch.ones(size or config.hidden_size))
     return norm
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """Every row with length one (FixNorm)."""
+    wide = wide_of(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True).clamp_min(1e-24))).to(x.dtype)
 
 
 def _rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -177,9 +69,9 @@ class Attention(nn.Module):
         self.layer, self.head_dim, eps = layer, config.head_dim, _eps(config)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         d, width, kv_width = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(d, width, bias=False)
-        self.k_proj = nn.Linear(d, kv_width, bias=False)
-        self.v_proj = nn.Linear(d, kv_width, bias=False)
+        self.q_proj = nn.Linear(d, width, bias=config.nexa_input_bias)
+        self.k_proj = nn.Linear(d, kv_width, bias=config.nexa_input_bias)
+        self.v_proj = nn.Linear(d, kv_width, bias=config.nexa_input_bias)
         self.o_proj = nn.Linear(width, d, bias=False)
         qk, norms = config.nexa_norm.get("qk", "none"), plan.get("head_norms", ())
         per_head = {*norms, *(("q", "k") if qk == "rms" else ())}
@@ -189,6 +81,10 @@ class Attention(nn.Module):
         self.v_norm = RMSNorm(self.head_dim, eps) if "v" in per_head else None
         self.qk_scale = nn.Parameter(torch.ones(1)) if qk == "cosine" else None
         self.head_scale = nn.Parameter(torch.ones(self.heads)) if plan.get("head_scale") else None
+        self.scales_output = plan.get("head_scale") == "output"
+        gates = {"elementwise": width, "headwise": self.heads}.get(getattr(config, "nexa_attention_gate", "none"))
+        self.gate_proj = nn.Linear(d, gates, bias=False) if gates else None
+        self.known: tuple[Any, Tensor] | None = None
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: Any) -> Tensor:
         """[B, T, d] -> [B, T, d]; `past` is a cache of transformers or None."""
@@ -210,9 +106,24 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         ).transpose(1, 2)
-        if self.head_scale is not None:
+        if self.gate_proj is not None:
+            y = y * torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.heads, -1))
+        if self.head_scale is not None and not self.scales_output:
             y = y * self.head_scale[:, None]
-        return self.o_proj(y.flatten(-2))
+        result: Tensor = self.o_proj(y.flatten(-2))
+        if self.head_scale is not None and self.scales_output:
+            result = (result.unflatten(-1, (self.heads, -1)) * self.head_scale[:, None]).flatten(-2)
+        return result
+
+    @torch.no_grad()
+    def value_gain(self) -> Tensor:
+        """|W_O W_V|_F^2, values repeated for the heads that share them; remembered while no weight changes."""
+        v, o = self.v_proj.weight, self.o_proj.weight
+        state = None if self.training else [(w.data_ptr(), w._version, w.dtype, w.device) for w in (v, o)]
+        if self.known is None or state is None or self.known[0] != state:
+            outputs = o.unflatten(-1, (self.kv_heads, -1, self.head_dim)).sum(2)
+            self.known = state, wide_of(outputs.flatten(1) @ v).square().sum()
+        return self.known[1]
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """[B, T, heads, head_dim], per head or over all heads together."""
@@ -225,8 +136,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: NexaConfig, plan: Plan) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.nexa_input_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.nexa_input_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.mid_norm = _norm(config, config.intermediate_size) if plan.get("mid_norm") else None
         gain = config.nexa_norm.get("residual_gain")
@@ -244,32 +155,53 @@ class Block(nn.Module):
     def __init__(self, config: NexaConfig, plan: Plan, layer: int) -> None:
         super().__init__()
         self.attn_plan, self.mlp_plan = plan["attn"], plan["mlp"]
+        self.paired = config.nexa_norm["kind"] == "bhyt"
+        tokens = config.nexa_norm.get("bhyt_tokens") or config.max_position_embeddings
+        self.area = tokens * config.hidden_size
         self.input_layernorm = _norm(config) if self.attn_plan.get("input") else None
         self.self_attn = Attention(config, plan, layer)
         self.attn_norm = self._after(config, self.attn_plan)
         self.post_attention_layernorm = _norm(config) if self.mlp_plan.get("input") else None
         self.mlp = FeedForward(config, plan)
         self.mlp_norm = self._after(config, self.mlp_plan)
+        self.attn_scale = self._scale(config, self.attn_plan)
+        self.mlp_scale = self._scale(config, self.mlp_plan)
 
     @staticmethod
     def _after(config: NexaConfig, plan: Plan) -> nn.ModuleDict:
         return nn.ModuleDict({site: _norm(config) for site in ("output", "residual") if plan.get(site)})
 
+    @staticmethod
+    def _scale(config: NexaConfig, plan: Plan) -> nn.Parameter | None:
+        """The learned factor on what a sublayer adds."""
+        size = {"": 0, "scalar": 1, "vector": config.hidden_size}[plan.get("learned_scale", "")]
+        return nn.Parameter(torch.ones(size)) if size else None
+
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: Any) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
-        y = self.self_attn(_enter(x, self.attn_plan, self.input_layernorm), rope, mask, past)
-        x = _leave(x, y, self.attn_plan, self.attn_norm, None)
-        y = self.mlp(_enter(x, self.mlp_plan, self.post_attention_layernorm))
-        return _leave(x, y, self.mlp_plan, self.mlp_norm, self.mlp.residual_gain)
+        first, second = self._variances(x) if self.paired else (None, None)
+        y = self.self_attn(_enter(x, self.attn_plan, self.input_layernorm, first), rope, mask, past)
+        x = _leave(x, y, self.attn_plan, self.attn_norm, self.attn_scale, None)
+        y = self.mlp(_enter(x, self.mlp_plan, self.post_attention_layernorm, second))
+        return _leave(x, y, self.mlp_plan, self.mlp_norm, self.mlp_scale, self.mlp.residual_gain)
+
+    def _variances(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the two BHyT norms take for the mean squares of what they read, [B, T, 1]; the second approximates."""
+        assert isinstance(self.input_layernorm, BHyT)
+        bound = self.input_layernorm.bound().detach() * self.attn_plan.get("input_scale", 1.0)
+        first = wide_of(x).square().mean(-1, keepdim=True)
+        return first, first + self.self_attn.value_gain() / self.area * bound.square()
 
 
-def _enter(x: Tensor, plan: Plan, norm: nn.Module | None) -> Tensor:
-    y = x if norm is None else norm(x)
+def _enter(x: Tensor, plan: Plan, norm: nn.Module | None, variance: Tensor | None) -> Tensor:
+    y = x if norm is None else norm(x) if variance is None else norm(x, variance)
     return y * plan["input_scale"] if "input_scale" in plan else y
 
 
-def _leave(x: Tensor, y: Tensor, plan: Plan, norms: nn.ModuleDict, gain: Tensor | None) -> Tensor:
+def _leave(x: Tensor, y: Tensor, plan: Plan, norms: nn.ModuleDict, scale: Tensor | None, gain: Tensor | None) -> Tensor:
     y = norms["output"](y) if "output" in norms else y
+    factor = plan.get("branch_scale") if scale is None else scale
+    y = y if factor is None else y * factor
     skip = x * plan["skip_scale"] if "skip_scale" in plan else x
     joined = (skip if gain is None else skip * gain) + y
     return norms["residual"](joined) if "residual" in norms else joined
@@ -282,7 +214,8 @@ class Stack(nn.Module):
         super().__init__()
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_scale = nn.Parameter(torch.ones(1)) if config.nexa_norm["kind"] == "dyt" else None
+        self.embed_scale = nn.Parameter(torch.ones(1)) if config.nexa_norm["kind"] in {"dyt", "eln"} else None
+        self.fixnorm = getattr(config, "nexa_fixnorm", False)
         self.embed_norm = _norm(config) if config.nexa_norm.get("embedding") else None
         blocks = enumerate(config.nexa_plan["blocks"])
         self.layers = nn.ModuleList(Block(config, plan, layer) for layer, plan in blocks)
@@ -292,11 +225,12 @@ class Stack(nn.Module):
         """input_ids [B, T], attention_mask [B, past + T] -> hidden states [B, T, d]."""
         seen, length = 0 if past is None else past.get_seq_length(), input_ids.shape[1]
         x = self.embed_tokens(input_ids)
+        x = _unit_rows(x) * x.shape[-1] ** 0.5 if self.fixnorm else x
         x = x if self.embed_scale is None else x * self.embed_scale
         x = x if self.embed_norm is None else self.embed_norm(x)
         # padding moves positions by a constant, and rotary attention knows distances only
         positions = torch.arange(seen, seen + length, device=input_ids.device)
-        rope = _rope(positions, self.head_dim, self.rope_theta, _wide(x[:0]).dtype)
+        rope = _rope(positions, self.head_dim, self.rope_theta, wide_of(x[:0]).dtype)
         mask = _mask(attention_mask, positions)
         for block in self.layers:
             x = block(x, rope, mask, past)
@@ -331,7 +265,7 @@ class NexaForCausalLM(PreTrainedModel, GenerationMixin):
         """Raises ValueError for a kind of norm that this file does not know."""
         super().__init__(config)
         self.model = Stack(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.nexa_input_bias)
         self.post_init()
 
     def forward(
@@ -357,7 +291,9 @@ class NexaForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
         hidden = self.model(input_ids, attention_mask, past_key_values)
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        unit = self.model.fixnorm and self.config.tie_word_embeddings
+        logits = F.linear(hidden, _unit_rows(self.lm_head.weight)) if unit else self.lm_head(hidden)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device))

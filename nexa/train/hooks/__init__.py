@@ -13,6 +13,7 @@ from nexa.train.hooks.diagnosis import DiagnoseHook
 from nexa.train.hooks.evaluation import EvaluationHook
 from nexa.train.hooks.figures import PlotHook
 from nexa.train.hooks.metrics import MetricsHook
+from nexa.train.hooks.removal import RemovalHook
 from nexa.train.hooks.sample import SampleHook
 from nexa.train.hooks.trackers import TensorBoardHook, WandbHook
 
@@ -25,8 +26,10 @@ def build_hooks(cfg: Config, validation: list[ValidationSet], checkpoint: Checkp
         (cfg.log.tensorboard, TensorBoardHook),
     )
     at_end = ((cfg.log.plot, PlotHook), (cfg.log.sample_tokens > 0, SampleHook))
+    removal = [] if cfg.norm.removal.start is None else [RemovalHook(cfg.norm.removal, cfg.model.num_hidden_layers)]
     return [
         EvaluationHook(cfg.eval, validation),
+        *removal,  # after the validation of its step
         *([DiagnoseHook(cfg, validation)] if cfg.diagnose.every > 0 else []),
         MetricsHook(run_dir / "metrics.jsonl"),
         *(hook(run_dir) for wanted, hook in optional if wanted),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from nexa.config.schema import EvalConfig
 from nexa.train.data import ValidationSet
-from nexa.train.evaluate import validation_loss
+from nexa.train.evaluate import validate
 from nexa.train.hook import Hook, Row
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class EvaluationHook(Hook):
-    """Adds `val/<source>/loss` to the row of the steps at which it is due."""
+    """Adds `val/<source>/loss` (and `harness_loss` if asked for) to the row of the steps at which it is due."""
 
     def __init__(self, cfg: EvalConfig, sets: list[ValidationSet]) -> None:
         self._config, self._sets = cfg, sets
@@ -25,4 +25,10 @@ class EvaluationHook(Hook):
         due = every > 0 and trainer.state.step % every == 0
         if not due and not (self._config.at_end and trainer.finished):
             return {}
-        return {f"val/{data.name}/loss": validation_loss(trainer.engine, data) for data in self._sets}
+        row: Row = {}
+        for data in self._sets:
+            found = validate(trainer.engine, data)
+            row[f"val/{data.name}/loss"] = found.loss
+            if self._config.harness_compatible:
+                row[f"val/{data.name}/harness_loss"] = found.harness_loss
+        return row

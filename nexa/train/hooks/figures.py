@@ -29,7 +29,7 @@ def plot_loss(metrics: Path, figure: Path, vocab_size: int) -> None:
     axes = canvas.add_subplot()
     axes.axhline(math.log(vocab_size), color="0.6", linestyle=":", label=f"uniform guess, ln {vocab_size}")
     axes.plot([r["tokens"] for r in rows], [r["loss"] for r in rows], color="tab:blue", linewidth=1, label="training")
-    keys = sorted({key for row in rows for key in row if key.startswith("val/")})
+    keys = sorted({key for row in rows for key in row if key.startswith("val/") and key.endswith("/loss")})
     for number, key in enumerate(keys):
         points = [(r["tokens"], r[key]) for r in rows if r.get(key) is not None]
         name = key.removeprefix("val/").removesuffix("/loss")

@@ -1,0 +1,1 @@
+"""Comparisons that are many training runs: one command each, resumable."""

@@ -1,0 +1,117 @@
+"""Trains the points of a study one after the other (or a few at once), and goes on where it was stopped.
+
+A point is a name and a command line of train.py. Its run folder is `<study>/runs/<name>`, its output
+`<study>/runs/<name>.log`. When it has ended, `<study>/results/<name>.json` says how; a point that has this file is
+not run again, one that was killed goes on from its newest checkpoint. A point whose gradient became infinite or NaN has
+ended too: `diverged` is a result. Any other failure stops the study.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DIVERGED = "the gradient is not finite"
+"""What train.py says when it stops for a gradient that is not finite."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training run: its name and the overrides of its configuration."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+def run_points(points: Sequence[Point], folder: Path, jobs: int = 1) -> dict[str, dict[str, Any]]:
+    """Train what has not ended yet, `jobs` runs at a time, each on one thread; results by name, in order.
+
+    Raises SystemExit with a message when a run fails, or when a point of that name has ended with other overrides.
+    """
+    (folder / "results").mkdir(parents=True, exist_ok=True)
+    (folder / "runs").mkdir(exist_ok=True)
+    waiting = [point for point in points if _result(point, folder) is None]
+    print(f"{len(points)} runs, {len(points) - len(waiting)} of them ended before", flush=True)
+    begun = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(_train, point, folder): point for point in waiting}
+        for done, future in enumerate(as_completed(futures), 1):
+            try:
+                result = future.result()
+            except RuntimeError as error:
+                pool.shutdown(cancel_futures=True)
+                raise SystemExit(str(error)) from None
+            left = (time.monotonic() - begun) / done * (len(waiting) - done)
+            shown = "diverged" if result["diverged"] else f"loss {result['validation_loss']:.4f}"
+            print(f"{futures[future].name}: {shown}, {result['seconds']:.0f} s; {left / 60:.0f} min left", flush=True)
+    results = {point.name: _result(point, folder) for point in points}
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def _result(point: Point, folder: Path) -> dict[str, Any] | None:
+    file = folder / "results" / f"{point.name}.json"
+    if not file.exists():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text())
+    if result["overrides"] != list(point.overrides):
+        raise SystemExit(f"{file}: made with other settings than this study's; give another --out")
+    return result
+
+
+def _train(point: Point, folder: Path) -> dict[str, Any]:
+    run, log = folder / "runs" / point.name, folder / "runs" / f"{point.name}.log"
+    command = [sys.executable, str(REPOSITORY / "train.py"), *point.overrides]
+    begun = time.monotonic()
+    with log.open("a") as out:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(
+            [*command, f"run.name={point.name}", f"run.dir={run}"],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=REPOSITORY,
+        )
+    diverged = ended.returncode != 0 and DIVERGED in log.read_text()
+    if ended.returncode != 0 and not diverged:
+        raise RuntimeError(f"{point.name}: train.py ended with {ended.returncode}; see {log}")
+    rows = metrics(run)
+    steps = yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"]
+    if not diverged and rows[-1]["step"] < steps:
+        raise RuntimeError(f"{point.name}: stopped after step {rows[-1]['step']} of {steps}; start the study again")
+    result = {
+        "overrides": list(point.overrides),
+        "diverged": diverged,
+        "validation_loss": None if diverged else _last(rows, "val/"),
+        "train_loss": rows[-1].get("loss") if rows else None,
+        "steps": rows[-1]["step"] if rows else 0,
+        "tokens": rows[-1].get("tokens") if rows else 0,
+        "seconds": time.monotonic() - begun,
+    }
+    file = folder / "results" / f"{point.name}.json"
+    aside = file.with_suffix(".tmp")
+    aside.write_text(json.dumps(result, indent=2))
+    aside.replace(file)
+    return result
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl; none when it ended before the first."""
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _last(rows: list[dict[str, Any]], prefix: str) -> float:
+    """The last value of the first metric whose name begins with `prefix` and ends with /loss."""
+    found = [row[key] for row in rows for key in row if key.startswith(prefix) and key.endswith("/loss")]
+    return float(found[-1])
