@@ -30,11 +30,18 @@ def uncompiled(decoder: nn.Module) -> Iterator[None]:
             part._compiled_call_impl = compiled
 
 
-def joined(block: Block) -> dict[Part, nn.Module]:
-    """The modules whose outputs a block adds to its skip paths."""
+def joined(block: Block) -> dict[Part, tuple[nn.Module, Tensor | float]]:
+    """The modules whose outputs a block adds to its skip paths, and what it multiplies them with before."""
+    attn, mlp = block.plan.attn, block.plan.mlp
     return {
-        "attention": block.attn_norm["output"] if block.plan.attn.output else block.self_attn,
-        "feed_forward": block.mlp_norm["output"] if block.plan.mlp.output else block.mlp,
+        "attention": (
+            block.attn_norm["output"] if attn.output else block.self_attn,
+            attn.branch_scale if block.attn_scale is None else block.attn_scale,
+        ),
+        "feed_forward": (
+            block.mlp_norm["output"] if mlp.output else block.mlp,
+            mlp.branch_scale if block.mlp_scale is None else block.mlp_scale,
+        ),
     }
 
 
@@ -60,22 +67,29 @@ class Observer:
 
         if number == 0:
             until_done(block.register_forward_pre_hook(partial(self._first, seen)))
-        until_done(block.register_forward_hook(partial(self._output, seen, partial(self._stream, number + 1))))
-        for part, module in joined(block).items():
+        until_done(block.register_forward_hook(partial(self._output, seen, partial(self._stream, number + 1), 1.0)))
+        for part, (module, scale) in joined(block).items():
             tell = partial(self._added, number, part)
-            until_done(module.register_forward_hook(partial(self._output, seen, tell)))
+            until_done(module.register_forward_hook(partial(self._output, seen, tell, scale)))
         block.self_attn.watch = partial(self._attention, seen, number)
         stack.callback(delattr, block.self_attn, "watch")
 
     def _first(self, seen: Seen, module: nn.Module, args: tuple[Tensor, AttentionContext]) -> None:
         seen.context = args[1]
-        self._output(seen, partial(self._stream, 0), module, (), args[0])
+        self._output(seen, partial(self._stream, 0), 1.0, module, (), args[0])
 
     @torch.no_grad()
     def _output(
-        self, seen: Seen, tell: Callable[[Tensor, Seen], None], module: nn.Module, args: Any, output: Tensor
+        self,
+        seen: Seen,
+        tell: Callable[[Tensor, Seen], None],
+        scale: Tensor | float,
+        module: nn.Module,
+        args: Any,
+        output: Tensor,
     ) -> None:
-        tokens = seen.rows(self._sharing.whole(output))
+        scaled = output if isinstance(scale, float) and scale == 1.0 else output * scale
+        tokens = seen.rows(self._sharing.whole(scaled))
         if seen.lengths:
             tell(tokens, seen)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
+from nexa.config.schema import ModelConfig, NormConfig
 from nexa.diagnostics import MEASURES, measure
 from nexa.diagnostics import logits as logits_module
 from nexa.diagnostics import streams as streams_module
 from nexa.diagnostics.streams import growth
 from nexa.model.attention import AttentionContext, document_boundaries, document_mask
+from nexa.model.decoder import Decoder
 from tests.cli.common import tiny_model
 from tests.diagnostics.naive import by_hand, recorder
 
@@ -57,9 +60,18 @@ def test_forward_measures(placement, documents):
         same(found.values[name], values, name, **({"abs": 1e-7} if name.startswith("angular") else {}))
 
 
-def test_additions_make_the_stream():
-    """Of Pre-LN, where nothing else touches the stream: in a linear quantity the sum is the difference."""
-    model, seen = model_of("pre"), []
+@pytest.mark.parametrize("branch_scale", get_args(get_type_hints(NormConfig)["branch_scale"]))
+@pytest.mark.parametrize("placement", ["pre", "peri"])
+def test_additions_make_the_stream(placement, branch_scale):
+    """Where no norm stands behind the sum, what attention adds is the difference that the block makes without the
+    feed-forward, whatever it is multiplied with."""
+    seen: list[torch.Tensor] = []
+    cfg = model_of("pre").config
+    model = Decoder(cfg, NormConfig(placement=placement, branch_scale=branch_scale)).double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-1, 1)
     hook = model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output - args[0]))
     model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
     found = measure(model, [batch()], ["added"]).values
@@ -186,9 +198,6 @@ def test_massive_activations_are_counted():
 @pytest.mark.parametrize("qk", ["rms", "rms_full", "cosine"])
 def test_logits_are_those_of_the_softmax(qk):
     """Attention made again from the logits' own pieces gives what the kernel gave."""
-    from nexa.config.schema import ModelConfig, NormConfig
-    from nexa.model.decoder import Decoder
-
     torch.manual_seed(0)
     cfg = ModelConfig(64, 16, 24, 1, 4, 2, max_position_embeddings=32)
     model = Decoder(cfg, NormConfig(qk=qk)).double()
