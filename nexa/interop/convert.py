@@ -38,9 +38,9 @@ Target = Literal["rmsnorm", "crmsnorm", "none"]
 _RULED = {
     "model": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings input_bias initializer "
-    "initializer_range attention",
+    "initializer_range initializer_shape attention",
     "norm": "placement kind eps gate_rank warmup_steps mix_alpha mix_post_layers qk embedding final deepnorm_alpha "
-    "removal",
+    "depth_scaling removal",
 }
 """Keys that the rules here take into account, or that say nothing about the models they let pass."""
 CENTRED = 1e-5

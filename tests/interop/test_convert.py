@@ -49,6 +49,7 @@ def turned(state, decoder, target):
 CASES = [
     ({}, {}),
     ({"placement": "lns"}, {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    ({"placement": "mix", "mix_post_layers": 0, "depth_scaling": True}, {"initializer_shape": 1.0}),
     ({"embedding": True, "qk": "rms_full"}, {"num_key_value_heads": 1, "input_bias": True}),
     ({"qk": "cosine", "eps": 0.3}, {"tie_word_embeddings": True, "head_dim": 6}),
     ({"placement": "mix", "mix_post_layers": 0}, {"hidden_size": 30, "head_dim": 4, "intermediate_size": 33}),
