@@ -123,17 +123,16 @@ def work(case: Case, device: str, as_run: bool) -> int:
 
     from nexa.config import from_mapping
     from nexa.config.schema import Config
-    from nexa.model.decoder import Decoder
     from nexa.parallel.engine import Engine
     from nexa.parallel.topology import connect, disconnect
 
     cfg = from_mapping(case.configuration(device))
     topology = connect(cfg)
-    if not as_run and device == "cpu":
-        count_every_block()
 
     def train(cfg: Config) -> None:
-        engine = Engine(Decoder(cfg.model, cfg.norm), cfg, topology)
+        engine = Engine(cfg, topology)
+        if not as_run and device == "cpu":
+            count_every_block()  # the engine has just told glibc the contrary
         shape = cfg.train.micro_batch_size, cfg.data.sequence_length + 1
         for _ in range(STEPS):
             for _ in range(engine.accumulation):
