@@ -79,9 +79,10 @@ def _announce(cfg: Config, topology: Topology) -> None:
     count = parameter_count(cfg.model, cfg.norm)
     per_step = cfg.train.global_batch_size * cfg.data.sequence_length
     logger.info(
-        "%s: %s placement, %d blocks, %.2fM parameters, %s",
+        "%s: %s placement of %s, %d blocks, %.2fM parameters, %s",
         cfg.run.dir,
         cfg.norm.placement,
+        cfg.norm.kind,
         cfg.model.num_hidden_layers,
         count / 1e6,
         cfg.train.precision,
