@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
-from benchmarks.step import MODEL, MasterAdamW, Step, seconds_of
+from benchmarks.step import MODEL, Step, bare_loop, seconds_of
 from nexa.config.schema import ModelConfig, NormConfig, NormKind, Placement
 from nexa.hardware import keep_freed_memory
 from nexa.model.decoder import Decoder
 from nexa.model.init import initialise
 
 AGAIN = "pre again"
-NAMES = (*get_args(Placement), AGAIN)
+NAMES = (*(name for name in get_args(Placement) if name != "none"), AGAIN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +54,7 @@ def contestant(placement: str, kind: str, shape: Shape, device: torch.device) ->
     norm = NormConfig(placement=placement.removesuffix(" again"), kind=kind)  # type: ignore[arg-type]
     model = Decoder(shape.model, norm)
     initialise(model, shape.model, norm, seed=0)
-    model = model.to(device, torch.bfloat16)
-    model.compile_parts()
-    optimizer = MasterAdamW(list(model.parameters()))
-
-    def step(ids: Tensor, labels: Tensor) -> Tensor:
-        loss = model(ids, labels) / labels.numel()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    return bare_loop(model, device)
 
 
 def measure(names: list[str], kind: str, shape: Shape, device: torch.device, rounds: int) -> dict[str, list[float]]:

@@ -74,9 +74,9 @@ def fresh_decoder() -> Decoder:
     return decoder
 
 
-def nexa_loop(device: torch.device) -> Step:
-    """nexa's decoder with compiled blocks and loss in a bare loop."""
-    model = fresh_decoder().to(device, torch.bfloat16)
+def bare_loop(model: Decoder, device: torch.device) -> Step:
+    """A decoder with compiled blocks and loss in a bare loop, bf16."""
+    model = model.to(device, torch.bfloat16)
     model.compile_parts()
     optimizer = MasterAdamW(list(model.parameters()))
 
@@ -87,6 +87,11 @@ def nexa_loop(device: torch.device) -> Step:
         return loss.detach()
 
     return step
+
+
+def nexa_loop(device: torch.device) -> Step:
+    """nexa's decoder without its engine."""
+    return bare_loop(fresh_decoder(), device)
 
 
 def nexa_engine(device: torch.device) -> Step:
