@@ -25,7 +25,9 @@ def test_every_leaf_is_documented():
 
 def test_every_number_has_limits():
     numeric = {
-        name for name, key in keys().items() if type_name(key.type).startswith(("integer", "number", "list of n"))
+        name
+        for name, key in keys().items()
+        if type_name(key.type).startswith(("integer", "number", "list of n", "list of i"))
     }
     assert numeric == set(LIMITS)
 
