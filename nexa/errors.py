@@ -14,6 +14,10 @@ EXIT_INTERRUPTED = 130
 SECONDS_FOR_RANK_0 = 3.0
 
 
+NOT_FINITE = "the gradient is not finite"
+"""Part of the message of a run that stops because it diverged."""
+
+
 class UserError(Exception):
     """A mistake outside the program: a key, a file, a machine.
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import yaml
 
+from nexa.errors import NOT_FINITE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-DIVERGED = "the gradient is not finite"
-"""What train.py says when it stops for a gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _train(point: Point, folder: Path) -> dict[str, Any]:
             env=environment,
             cwd=REPOSITORY,
         )
-    diverged = ended.returncode != 0 and DIVERGED in log.read_text()
+    diverged = ended.returncode != 0 and NOT_FINITE in log.read_text()
     if ended.returncode != 0 and not diverged:
         raise RuntimeError(f"{point.name}: train.py ended with {ended.returncode}; see {log}")
     rows = metrics(run)

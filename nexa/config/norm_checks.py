@@ -130,6 +130,11 @@ def _branch_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
             f"norm.branch_scale_value={cfg.norm.branch_scale_value}: norm.branch_scale=none has no such factor; "
             "set norm.branch_scale=fixed, or norm.branch_scale_value=null"
         )
+    if cfg.norm.branch_scale_value == 0 and cfg.norm.branch_scale == "fixed":
+        yield (
+            "norm.branch_scale_value=0.0: a fixed factor of 0 takes every sublayer out for good; "
+            "set norm.branch_scale=skip_init to learn it from there, or a value above 0"
+        )
 
 
 _RUNNING = ("powernorm", "unifiednorm")

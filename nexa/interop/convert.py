@@ -20,14 +20,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from nexa.api import read_config
-from nexa.checkpoint import catalog, files, load
+from nexa.checkpoint import catalog, files
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.errors import UserError
 from nexa.interop import tokenizer_files
 from nexa.interop.destination import check_free, new_folder
-from nexa.interop.export import GENERATION
-from nexa.interop.huggingface import config_json, from_config_json
+from nexa.interop.export import open_checkpoint
+from nexa.interop.huggingface import config_json
 from nexa.interop.import_ import EMBEDDING, HEAD, Imported, complete, copy_beside
 from nexa.interop.weights import SHARD_BYTES, Note, Shapes, WeightFolder, parameter_shapes, write_weights
 from nexa.model.decoder import parameter_count
@@ -273,10 +272,7 @@ def convert(
     """
     path = Path(destination).absolute()
     check_free(path)
-    source = load.find(checkpoint)
-    catalog.verify_parts(source, ("model", catalog.CONFIG, GENERATION, *tokenizer_files.FILES))
-    config = read_config(source)
-    model, norm = from_config_json(config, where=str(source / catalog.CONFIG))
+    source, config, model, norm = open_checkpoint(checkpoint)
     shapes = parameter_shapes(model, norm)
     if (reason := refusal(model, norm, target)) is not None:
         raise UserError(f"{source / catalog.CONFIG}: {reason}")

@@ -37,6 +37,17 @@ class Exported:
     tokenizer: bool
 
 
+def open_checkpoint(checkpoint: str | Path) -> tuple[Path, dict[str, Any], ModelConfig, NormConfig]:
+    """(directory, config.json, what it says) of a checkpoint, or of a run's newest one, whose files are whole.
+
+    Raises UserError naming the file that is missing or damaged.
+    """
+    source = load.find(checkpoint)
+    catalog.verify_parts(source, ("model", catalog.CONFIG, GENERATION, *tokenizer_files.FILES))
+    config = read_config(source)
+    return source, config, *from_config_json(config, where=str(source / catalog.CONFIG))
+
+
 def export(
     checkpoint: str | Path,
     destination: str | Path,
@@ -55,10 +66,7 @@ def export(
     """
     target = Path(destination).absolute()
     check_free(target)
-    source = load.find(checkpoint)
-    catalog.verify_parts(source, ("model", catalog.CONFIG, GENERATION, *tokenizer_files.FILES))
-    config = read_config(source)
-    model, norm = from_config_json(config, where=str(source / catalog.CONFIG))
+    source, config, model, norm = open_checkpoint(checkpoint)
     if norm.removal.start is not None:
         raise UserError(
             f"{source / catalog.CONFIG}: norm.removal.start={norm.removal.start}: its norms are being removed, which "

@@ -186,7 +186,8 @@ def block_plans(norm: NormConfig, layers: int) -> list[BlockPlan]:
 def _with_options(plan: BlockPlan, site: Site) -> BlockPlan:
     """Add what can be combined with every placement."""
     scale = BRANCH_SCALES[site.norm.branch_scale]
-    value = site.norm.branch_scale_value or scale.value(site.layers)
+    given = site.norm.branch_scale_value
+    value = scale.value(site.layers) if given is None else given
 
     def sublayer(one: SublayerPlan) -> SublayerPlan:
         if site.norm.depth_scaling and one.input:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.loader import Prefetcher
 from nexa.config.schema import Config
-from nexa.errors import UserError
+from nexa.errors import NOT_FINITE, UserError
 from nexa.hardware import memory_gib
 from nexa.optim import learning_rate
 from nexa.parallel.engine import Engine, NonFiniteGradient, StepResult
@@ -157,7 +157,7 @@ class Trainer:
         ids = [f"{source}:{index}" for source, index in self.data.sample_ids(step)]
         shown = " ".join(ids[:64]) + (f" … ({len(ids)} in all)" if len(ids) > 64 else "")
         return UserError(
-            f"step {step + 1}: the gradient is not finite; the update was not made and earlier checkpoints are intact. "
+            f"step {step + 1}: {NOT_FINITE}; the update was not made and earlier checkpoints are intact. "
             f"Lower optim.lr, lengthen schedule.warmup_steps or look at the samples of this step: {shown}"
         )
 

@@ -126,6 +126,7 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
         "schedule.point_ratios=[1.0, 0.0]: the logarithm of 0",
     ),
     ({"norm__depth_scaling": True, "norm__placement": "post"}, None, "norm.placement=post has none; set norm.depth_s"),
+    ({"norm__branch_scale": "fixed", "norm__branch_scale_value": 0.0}, None, "takes every sublayer out for good"),
     ({"norm__branch_scale_value": 0.5}, None, "norm.branch_scale_value=0.5: norm.branch_scale=none has no such factor"),
     ({"norm__warmup_steps": 5}, None, "norm.warmup_steps=5: norm.kind=rmsnorm has no running statistics to warm up"),
     ({"norm__kind": "powernorm", "norm__warmup_steps": -1}, None, "norm.warmup_steps=-1: must be at least 0"),

@@ -23,16 +23,6 @@ CELLS: list[Cell] = [(0, 1, 1), (1, 2, 2), (2, 1, 4), (3, 2, 2), (3, 1, 3)]
 BEFORE, AFTER = 4, 5
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store")
-    writer, rng = StoreWriter(folder, np.dtype("<u2"), 10**9), np.random.default_rng(0)
-    for length in rng.integers(5, 60, 60):
-        writer.append("train", rng.integers(0, 61, length).astype("<u2"), np.array([length]))
-    writer.finish(load_tokenizer("bytes"), {})
-    return folder
-
-
 def mapping(cell: Cell, store: Path, micro: int) -> dict:
     stage, tensor, data = cell
     return config(

@@ -25,16 +25,6 @@ SEQUENCE = (2, 1, True)
 BEFORE, AFTER = 4, 3
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store")
-    writer, rng = StoreWriter(folder, np.dtype("<u2"), 10**9), np.random.default_rng(0)
-    for length in rng.integers(5, 60, 60):
-        writer.append("train", rng.integers(0, 61, length).astype("<u2"), np.array([length]))
-    writer.finish(load_tokenizer("bytes"), {})
-    return folder
-
-
 def job(folder: Path, store: Path, kind: str, stage: int, layout: tuple[int, int, bool], **run: Any) -> dict[str, Any]:
     """Two passes a step over 4 sequences each, whoever has them; warm-up of 6 steps, so 12 passes."""
     mapping = config(

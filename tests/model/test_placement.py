@@ -125,6 +125,7 @@ def test_initial_branch_scales() -> None:
     assert first(16, branch_scale="skip_init") == 0.25
     assert [first(n, branch_scale="layer_scale") for n in (18, 24, 32)] == [0.1, 1e-5, 1e-6]
     assert first(8, branch_scale="skip_init", branch_scale_value=0.01) == 0.01
+    assert first(8, branch_scale="skip_init", branch_scale_value=0.0) == 0.0
     with torch.device("meta"):
         decoder = Decoder(ModelConfig(**SHAPE), NormConfig(branch_scale="layer_scale"))
     shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters() if name.endswith("_scale")}
