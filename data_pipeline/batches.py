@@ -86,8 +86,9 @@ def check_ids(batch: Batch, vocab_size: int | None, store: str) -> None:
 class TrainBatches:
     """Global batches of a mixture of stores, whose proportions may change, with or without replay of older batches.
 
-    Row g = first_sample + step * global_batch_size + i of the order (`data_pipeline.order`) belongs to (source, sample).
-    Sample k of a store has the tokens [k T, k T + T + 1): T inputs and T targets. World size does not enter.
+    Row i of a step is sample first_sample + step * global_batch_size + i of the order (`data_pipeline.order`), which
+    says what sample of what store that is. Sample k of a store has the tokens [k T, k T + T + 1): T inputs and T targets.
+    World size does not enter.
     """
 
     def __init__(

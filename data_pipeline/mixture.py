@@ -121,7 +121,8 @@ class Mixture:
         Each source has had floor(n w), and perhaps its next item too. Items that are due no later than a given one are
         served as if the others did not exist, so by sample n there have been min over s <= n of A(s) + n - s of
         them, with A(s) how many may come before sample s (the departures of a queue with one server). Where s lies
-        before the window, A(s) >= s. Adding the possible next items in the order of their dates shows which were served.
+        before the window, A(s) >= s. Adding the possible next items in the order of their dates shows which were
+        served.
         """
         counts = np.array([n * share.numerator // share.denominator for share in self._shares], np.int64)
         begin = max(0, n - self._memory)
