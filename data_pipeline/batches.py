@@ -87,8 +87,8 @@ class TrainBatches:
     """Global batches of a mixture of stores, whose proportions may change, with or without replay of older batches.
 
     Row i of a step is sample first_sample + step * global_batch_size + i of the order (`data_pipeline.order`), which
-    says what sample of what store that is. Sample k of a store has the tokens [k T, k T + T + 1): T inputs and T targets.
-    World size does not enter.
+    says what sample of what store that is. Sample k of a store has the tokens [k T, k T + T + 1): T inputs and T
+    targets. World size does not enter.
     """
 
     def __init__(
