@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_pipeline.order import Order, ReplayOrder, Stage, StagedOrder, unique
+from data_pipeline.order import Order, ReplayOrder, Stage, StagedOrder, replay_mixture, unique
 from data_pipeline.store import PackedStore
 from nexa.errors import UserError
 
@@ -107,6 +107,7 @@ class TrainBatches:
         first_sample: int = 0,
     ) -> None:
         """`weights`: until the first of `stages`; like theirs one for each store, 0 for a store that is not used.
+        Stages start at samples of the whole order, replayed ones counted.
 
         `in_file_order`: stores whose samples are not permuted. `replay`: share of every batch that is older
         batches' order, from its first sample on.
@@ -128,6 +129,9 @@ class TrainBatches:
                     f"{store.location} has {store.tokens} tokens; use at most {store.tokens - 1}"
                 )
         everything = [Stage(0, weights), *stages]
+        if replay is not None:  # stages begin at samples of the whole, of which the new order has its part
+            new = replay_mixture(replay[0])
+            everything = [Stage(new.counts(stage.start)[0], stage.weights) for stage in everything]
         self.order: Order = StagedOrder(unique_names(stores), samples, everything, seed, in_file_order)
         if replay is not None:
             share, old = replay

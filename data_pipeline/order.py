@@ -119,8 +119,7 @@ class ReplayOrder:
 
     def __init__(self, new: Order, old: Order, share: float) -> None:
         """`share`: of all samples, in [0, 1); among the first n the old order has floor or ceil of share n."""
-        part = Fraction(str(share))
-        self._parts, self._mixture = (new, old), Mixture([1 - part, part])
+        self._parts, self._mixture = (new, old), replay_mixture(share)
         self._first = len(new.names)
         self.names = unique([*new.names, *(f"replay_{name}" for name in old.names)])
         self.samples = [*new.samples, *old.samples]
@@ -139,6 +138,12 @@ class ReplayOrder:
         ]
         places = ((which, next(found[which])) for which, _ in mixed)
         return [(which * self._first + source, sample) for which, (source, sample) in places]
+
+
+def replay_mixture(share: float) -> Mixture:
+    """Of a new order and an old one that has this share of all samples."""
+    part = Fraction(str(share))
+    return Mixture([1 - part, part])
 
 
 def _sum(first: Sequence[int], second: Sequence[int]) -> list[int]:

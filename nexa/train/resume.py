@@ -132,6 +132,8 @@ def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -
         )
     if origin.mode.step:
         return old
+    if origin.mode.data and changed:
+        logger.info("the data order is another one (%s); it begins at its first sample", changed)
     return RunState(samples=old.samples if origin.mode.data and not changed else 0)
 
 
