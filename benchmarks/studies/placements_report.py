@@ -114,9 +114,10 @@ def draw(path: Path, panels: list[tuple[str, Callable[[Axes], None]]], label: tu
 
 def _lines(found: dict[str, dict[str, Any]], when: str, key: str) -> Callable[[Axes], None]:
     def fill(axes: Axes) -> None:
-        for number, (variant, values) in enumerate(found.items()):
+        for variant, values in found.items():
             series = values[when][key]
-            axes.plot(range(len(series)), series, color=f"C{number}", marker=".", markersize=4, label=variant)
+            colour = f"C{list(VARIANTS).index(variant)}"
+            axes.plot(range(len(series)), series, color=colour, marker=".", markersize=4, label=variant)
 
     return fill
 

@@ -5,6 +5,7 @@ A problem reads `key=value: why; which key to change to what`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -114,6 +115,40 @@ def _schedule_floor(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield (
             f"{_set(cfg, 'schedule.constant_lr_ratio', 'schedule.min_lr_ratio')}: the constant rate is below the final "
             f"one; set schedule.min_lr_ratio={schedule.constant_lr_ratio} or less"
+        )
+
+
+@_reads("schedule.name", "schedule.restart_steps", "schedule.warmup_steps", *_LENGTH)
+def _cycles(cfg: Config, world_size: int | None) -> Iterator[str]:
+    schedule, steps = cfg.schedule, _steps(cfg)
+    if steps is None or schedule.name != "cyclic":
+        return
+    ends = [*schedule.restart_steps, steps]
+    for start, end in itertools.pairwise([0, *ends]):
+        if end - start <= schedule.warmup_steps:
+            yield (
+                f"schedule.restart_steps={schedule.restart_steps}: the cycle from step {start} to {end} is not longer "
+                f"than schedule.warmup_steps={schedule.warmup_steps}; give increasing steps further apart, below the "
+                f"run's {steps}"
+            )
+            return
+
+
+@_reads("schedule.name", "schedule.point_steps", "schedule.point_ratios", "schedule.interpolation")
+def _points(cfg: Config, world_size: int | None) -> Iterator[str]:
+    schedule = cfg.schedule
+    if schedule.name != "piecewise":
+        return
+    steps, ratios = schedule.point_steps, schedule.point_ratios
+    if not steps or len(steps) != len(ratios) or any(b <= a for a, b in itertools.pairwise(steps)):
+        yield (
+            f"schedule.point_steps={steps}, schedule.point_ratios={ratios}: schedule.name=piecewise needs increasing "
+            "steps and as many rates, for example schedule.point_steps=[0,800,1000] schedule.point_ratios=[1,1,0.1]"
+        )
+    elif schedule.interpolation == "exponential" and 0 in ratios:
+        yield (
+            f"schedule.point_ratios={ratios}: the logarithm of 0 cannot be interpolated; "
+            "set schedule.interpolation=linear, or a small rate such as 0.001"
         )
 
 

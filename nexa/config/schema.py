@@ -271,7 +271,7 @@ class OptimConfig:
 class ScheduleConfig:
     """Learning rate over steps: a pure function of the step."""
 
-    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "infinite"] = "cosine"
+    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "infinite", "cyclic", "piecewise"] = "cosine"
     """Shape after warm-up."""
     warmup_steps: int = 0
     """Steps of linear warm-up; step s < warmup_steps has lr * (s + 1) / warmup_steps."""
@@ -279,7 +279,7 @@ class ScheduleConfig:
     """Final learning rate over peak."""
     decay_fraction: float = 0.2
     """`wsd`, `infinite`: share of all steps that the final decay takes."""
-    decay_shape: Literal["linear", "cosine", "sqrt", "exponential"] = "linear"
+    decay_shape: Literal["linear", "cosine", "mirror_cosine", "square", "sqrt", "exponential"] = "linear"
     """`wsd`: shape of the final decay."""
     cooldown_fraction: float = 0.6
     """`infinite`: share of all steps, after warm-up, in which the rate cools to the constant one."""
@@ -287,6 +287,16 @@ class ScheduleConfig:
     """`infinite`: shape of the cool-down."""
     constant_lr_ratio: float = 0.55
     """`infinite`: constant learning rate over peak."""
+    restart_steps: list[int] = field(default_factory=list)
+    """`cyclic`: steps at which the rate warms up again, in `warmup_steps` from the floor to the peak, and then falls
+    as a cosine until the next of them or the end."""
+    point_steps: list[int] = field(default_factory=list)
+    """`piecewise`: steps at which the rate is given; what comes before the first has its rate, after the last the
+    last one's. Warm-up comes before."""
+    point_ratios: list[float] = field(default_factory=list)
+    """`piecewise`: the rates at these steps over the peak."""
+    interpolation: Literal["step", "linear", "exponential"] = "linear"
+    """`piecewise`: between two points: the first one's rate, a straight line, or a straight line of the logarithm."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ counted from 0 at step `warmup` to 1 at step `total` (one past the last update).
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 
@@ -41,6 +42,8 @@ DECAY_SHAPES: dict[str, Callable[[float, float], float]] = {
     # x from 0 to 1, floor -> share of the peak; epfml/schedules-and-scaling, Haegele et al. 2024
     "linear": lambda x, floor: floor + (1 - floor) * (1 - x),
     "cosine": lambda x, floor: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * x)),
+    "mirror_cosine": lambda x, floor: floor + (1 - floor) * (2 * (1 - x) - 0.5 * (1 + math.cos(math.pi * x))),
+    "square": lambda x, floor: floor + (1 - floor) * (1 - x**2),
     "sqrt": lambda x, floor: floor + (1 - floor) * (1 - math.sqrt(x)),
     "exponential": lambda x, floor: floor**x,
 }
@@ -82,6 +85,35 @@ def _infinite(step: float, total: int, cfg: ScheduleConfig) -> float:
     return cfg.constant_lr_ratio * (cfg.min_lr_ratio / cfg.constant_lr_ratio) ** x
 
 
+def _cyclic(step: float, total: int, cfg: ScheduleConfig) -> float:
+    """Warmed up and decayed anew for each data set (Ibrahim et al. 2024); later warm-ups start at the floor."""
+    starts = [0, *cfg.restart_steps]
+    cycle = bisect.bisect_right(starts, step) - 1
+    start, end = starts[cycle], [*cfg.restart_steps, total][cycle]
+    since = step - start
+    if since < cfg.warmup_steps:
+        return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * (since + 1) / cfg.warmup_steps
+    x = min(1.0, (since - cfg.warmup_steps) / max(1, end - start - cfg.warmup_steps))
+    return DECAY_SHAPES["cosine"](x, cfg.min_lr_ratio)
+
+
+INTERPOLATIONS: dict[str, Callable[[float, float, float], float]] = {
+    # values at both ends, x from 0 to 1 between them
+    "step": lambda left, right, x: left,
+    "linear": lambda left, right, x: left + (right - left) * x,
+    "exponential": lambda left, right, x: left * (right / left) ** x,
+}
+
+
+def _piecewise(step: float, total: int, cfg: ScheduleConfig) -> float:
+    steps, ratios = cfg.point_steps, cfg.point_ratios
+    after = bisect.bisect_right(steps, step)
+    if after == 0 or after == len(steps):
+        return ratios[0 if after == 0 else -1]
+    x = (step - steps[after - 1]) / (steps[after] - steps[after - 1])
+    return INTERPOLATIONS[cfg.interpolation](ratios[after - 1], ratios[after], x)
+
+
 SCHEDULES: dict[str, Callable[[float, int, ScheduleConfig], float]] = {
     "constant": _constant,
     "linear": _linear,
@@ -89,6 +121,8 @@ SCHEDULES: dict[str, Callable[[float, int, ScheduleConfig], float]] = {
     "wsd": _wsd,
     "inverse_sqrt": _inverse_sqrt,
     "infinite": _infinite,
+    "cyclic": _cyclic,
+    "piecewise": _piecewise,
 }
 
 

@@ -103,6 +103,28 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({"norm__pre_affine": True, "norm__kind": "powernorm"}, None, "norm.kind=powernorm is about statistics over"),
     ({"norm__bhyt_tokens": 256}, None, "norm.bhyt_tokens=256: only norm.kind=bhyt has it, not rmsnorm"),
     ({"norm__kind": "eln", "model__fixnorm": True}, None, "model.fixnorm=true: norm.kind=eln already multiplies"),
+    ({"schedule__name": "cyclic", "schedule__restart_steps": [50, 40]}, None, "the cycle from step 50 to 40 is not"),
+    (
+        {"schedule__name": "cyclic", "schedule__restart_steps": [10**9]},
+        None,
+        "schedule.restart_steps=[1000000000]: the",
+    ),
+    ({"schedule__name": "piecewise"}, None, "schedule.name=piecewise needs increasing steps and as many rates"),
+    (
+        {"schedule__name": "piecewise", "schedule__point_steps": [0, 9, 9], "schedule__point_ratios": [1, 1, 0.5]},
+        None,
+        "schedule.point_steps=[0, 9, 9]",
+    ),
+    (
+        {
+            "schedule__name": "piecewise",
+            "schedule__point_steps": [0, 9],
+            "schedule__point_ratios": [1, 0],
+            "schedule__interpolation": "exponential",
+        },
+        None,
+        "schedule.point_ratios=[1.0, 0.0]: the logarithm of 0",
+    ),
     ({"norm__depth_scaling": True, "norm__placement": "post"}, None, "norm.placement=post has none; set norm.depth_s"),
     ({"norm__branch_scale_value": 0.5}, None, "norm.branch_scale_value=0.5: norm.branch_scale=none has no such factor"),
     ({"norm__warmup_steps": 5}, None, "norm.warmup_steps=5: norm.kind=rmsnorm has no running statistics to warm up"),
@@ -221,9 +243,14 @@ def test_every_rule_is_broken_by_some_case():
     assert silent == []
 
 
+LISTS = {"schedule.restart_steps", "schedule.point_steps", "schedule.point_ratios"}
+
+
 @pytest.mark.parametrize("name", sorted(LIMITS))
 def test_every_limit_excludes_minus_one(name: str):
-    found = check(config(**{name.replace(".", "__"): [-1.0, 0.5] if name == "optim.betas" else -1}))
+    found = check(
+        config(**{name.replace(".", "__"): [-1.0, 0.5] if name == "optim.betas" else [-1] if name in LISTS else -1})
+    )
     assert any(text.startswith(f"{name}=") and "must be" in text for text in found), found
 
 

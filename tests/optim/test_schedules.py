@@ -40,8 +40,18 @@ def test_inverse_square_root() -> None:
 def test_wsd_holds_then_decays(shape: str) -> None:
     cfg = ScheduleConfig("wsd", warmup_steps=5, min_lr_ratio=0.1, decay_fraction=0.2, decay_shape=shape)  # type: ignore[arg-type]
     assert {learning_rate(s, 1.0, 100, cfg) for s in range(5, 81)} == {1.0}
-    middle = {"linear": 0.55, "cosine": 0.55, "sqrt": 0.1 + 0.9 * (1 - math.sqrt(0.5)), "exponential": math.sqrt(0.1)}
-    assert learning_rate(90, 1.0, 100, cfg) == pytest.approx(middle[shape])
+    root = math.sqrt(0.5)
+    # shares of the way that are left after a quarter and after half of the decay
+    left = {
+        "linear": (0.75, 0.5),
+        "cosine": (0.5 + root / 2, 0.5),
+        "mirror_cosine": (1.5 - (0.5 + root / 2), 0.5),
+        "square": (15 / 16, 0.75),
+        "sqrt": (0.5, 1 - root),
+        "exponential": ((0.1**0.25 - 0.1) / 0.9, (math.sqrt(0.1) - 0.1) / 0.9),
+    }[shape]
+    for step, share in zip((85, 90), left, strict=True):
+        assert learning_rate(step, 1.0, 100, cfg) == pytest.approx(0.1 + 0.9 * share)
     assert learning_rate(100, 1.0, 100, cfg) == pytest.approx(0.1)
 
 
@@ -74,9 +84,39 @@ def test_every_schedule_stays_between_floor_and_peak(
         min_lr_ratio=floor,
         decay_fraction=decay,
         constant_lr_ratio=max(floor, 0.5),  # type: ignore[arg-type]
+        point_steps=[0, total],
+        point_ratios=[1.0, floor],
     )
     rates = [learning_rate(s, 2.0, total, cfg) for s in range(total)]
     after = rates[cfg.warmup_steps :]
     assert all(0 <= r <= 2.0 + 1e-12 for r in rates)
     assert all(r >= 2.0 * floor - 1e-9 for r in after)
     assert all(a >= b - 1e-12 for a, b in pairwise(after))
+
+
+def test_cycles_warm_up_again_from_the_floor() -> None:
+    cfg = ScheduleConfig("cyclic", warmup_steps=4, min_lr_ratio=0.2, restart_steps=[24, 64])
+    rate = [learning_rate(s, 1.0, 84, cfg) for s in range(84)]
+    once = ScheduleConfig("cosine", warmup_steps=4, min_lr_ratio=0.2)
+    assert rate[:24] == pytest.approx([learning_rate(s, 1.0, 24, once) for s in range(24)])
+    assert rate[24:28] == pytest.approx([0.4, 0.6, 0.8, 1.0])
+    assert rate[28:64] == pytest.approx([learning_rate(s, 1.0, 40, once) for s in range(4, 40)])
+    assert rate[74] == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi * 6 / 16)))
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "middle"), [("step", 1.0), ("linear", 0.55), ("exponential", math.sqrt(0.1))]
+)
+def test_piecewise(interpolation: str, middle: float) -> None:
+    cfg = ScheduleConfig(
+        "piecewise",
+        warmup_steps=2,
+        point_steps=[10, 20],
+        point_ratios=[1.0, 0.1],
+        interpolation=interpolation,  # type: ignore[arg-type]
+    )
+    rate = [learning_rate(s, 1.0, 30, cfg) for s in range(30)]
+    assert rate[:2] == [0.5, 1.0]
+    assert set(rate[2:11]) == {1.0}
+    assert rate[15] == pytest.approx(middle)
+    assert set(rate[20:]) == {0.1}
