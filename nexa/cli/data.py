@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+from nexa.errors import UserError
+
 PREPARE = """
 Inputs are files (.jsonl .ndjson .json with one object per line, .txt .text .md, each also .gz or .zst; .parquet),
 directories of them, glob patterns in quotes, or Hugging Face data sets as hf:NAME or hf:PATH.
@@ -56,6 +58,13 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of the documents kept for validation, chosen by a hash of their text (default 0.01)",
     )
+    add("--dedup", choices=["exact", "near"], help="remove documents equal, or nearly equal, to an earlier one")
+    add(
+        "--near-threshold",
+        type=float,
+        metavar="J",
+        help="--dedup near: Jaccard likeness of word 5-grams from which documents count as equal (default 0.8)",
+    )
     add("--workers", type=int, metavar="N", help="processes (default: one per usable core)")
     add(
         "--shard-tokens",
@@ -74,6 +83,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from data_pipeline.prepare import PrepareOptions, prepare
     from data_pipeline.sources import ReadOptions
 
+    if arguments.near_threshold is not None and arguments.dedup != "near":
+        raise UserError(f"--near-threshold: {arguments.near_threshold} has no effect without --dedup near")
     read = ReadOptions(
         text_key=arguments.text_key,
         text_documents=arguments.text_documents,
@@ -89,6 +100,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         eod=arguments.eod,
         validation_fraction=arguments.validation_fraction,
         shard_tokens=arguments.shard_tokens,
+        dedup=arguments.dedup,
+        near_threshold=0.8 if arguments.near_threshold is None else arguments.near_threshold,
     )
     prepare(arguments.inputs, arguments.out, options, workers=arguments.workers)
     return 0
