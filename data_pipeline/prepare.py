@@ -81,10 +81,11 @@ def prepare(
     """Tokenise inputs (see `find_sources`) into the packed store `out`; returns its manifest.
 
     Documents keep the order of the inputs; each ends with the tokenizer's end-of-document token; a hash of its text
-    puts it into `train` or `validation`. With `dedup`, of equal documents (`near`: of those at least as like as
-    `near_threshold`, too) the first is kept, over all inputs and both splits. The result does not depend on `workers` (None: one per usable core), nor on
-    how often the run was killed: the same call goes on where it was saved last (every `checkpoint_seconds`). What
-    cannot be read is skipped, counted, and listed in `bad_documents.jsonl` with its place and the reason.
+    puts it into `train` or `validation`. With `dedup`, the first of equal documents is kept, over all inputs and both
+    splits (`near`: of documents at least as like as `near_threshold`, too). The result does not depend on `workers`
+    (None: one per usable core), nor on how often the run was killed: the same call goes on where it was saved last
+    (every `checkpoint_seconds`). What cannot be read is skipped, counted, and listed in `bad_documents.jsonl` with its
+    place and the reason.
 
     Raises `UserError` for bad input or options, when `out` holds something else, and when the disk is full.
     """

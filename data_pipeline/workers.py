@@ -132,7 +132,8 @@ def tokenize_units(
 ) -> Generator[Tokenized, None, None]:
     """Results of (source number, unit) pairs, in their order. `tokenizer`: its place on disk, and itself.
 
-    Under way at once are at most 2 `workers` + 1 units and, beyond the newest, UNDER_WAY bytes of text. With one worker everything happens in this process. Raises `UserError` when a worker process dies.
+    Under way at once are at most 2 `workers` + 1 units and, beyond the newest, UNDER_WAY bytes of text. With one worker
+    everything happens in this process. Raises `UserError` when a worker process dies.
     """
     where, loaded = tokenizer
     if workers == 1:

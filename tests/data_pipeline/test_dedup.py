@@ -140,7 +140,7 @@ def test_going_on_from_the_disk_gives_the_same_verdicts(tmp_path):
         dedup = Deduplicator(tmp_path / "b", 0.8, kept)
         found += dedup.judge(prints(texts[position : position + step])).tolist()
         kept, position = dedup.flush(), position + step
-        dedup.judge(prints(["work that was never saved"] + texts[position : position + 9]))
+        dedup.judge(prints(["work that was never saved", *texts[position : position + 9]]))
         dedup.close()
     assert found == whole
     with pytest.raises(UserError, match=r"dedup\.digests: shorter than"):
