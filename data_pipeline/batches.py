@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from data_pipeline.mixture import Mixture
+from data_pipeline.packing import PACKINGS, VALIDATION_PACKINGS, Packing
 from data_pipeline.permutation import Permutation, derive_key
 from data_pipeline.store import PackedStore
 from nexa.errors import UserError
@@ -62,17 +63,27 @@ def _empty_batch(rows: int, length: int, document_mask: bool) -> Batch:
     return Batch(np.zeros((rows, length), np.int64), np.full((rows, length), IGNORE, np.int64), documents)
 
 
-def _fill_row(batch: Batch, row: int, store: TokenSource, start: int, targets: int) -> None:
-    """Put `targets` + 1 tokens from `start` into a row; the rest of the row stays unscored padding."""
-    tokens = store.read(start, targets + 1)
+def _fill_row(batch: Batch, row: int, store: TokenSource, packing: Packing, number: int) -> None:
+    """Put row `number` of a packing into a row of the batch; the rest of it stays unscored padding."""
+    pieces = packing.pieces(number)
+    if not pieces:
+        return
+    tokens = np.concatenate([store.read(piece.start, piece.targets + 1) for piece in pieces])
+    targets = len(tokens) - 1
     batch.input_ids[row, :targets] = tokens[:-1]
     batch.labels[row, :targets] = tokens[1:]
-    if batch.document_ids is not None:
-        # A document that begins at input position t + 1 makes target t the first token of another document.
+    begins = np.cumsum([piece.targets + 1 for piece in pieces])[:-1]
+    if batch.document_ids is None:
+        # What follows the end of a document is the beginning of another, not the middle of one that was cut.
+        batch.labels[row, begins[[not piece.opens for piece in pieces[1:]]] - 1] = IGNORE
+        return
+    if not packing.whole:
+        start = pieces[0].start
         begins = store.document_starts(start + 1, start + targets + 1) - start
-        batch.labels[row, begins - 1] = IGNORE
-        batch.document_ids[row, begins[begins < batch.document_ids.shape[1]]] = 1
-        np.cumsum(batch.document_ids[row], out=batch.document_ids[row])
+    # A document that begins at input position t + 1 makes target t the first token of another document.
+    batch.labels[row, begins - 1] = IGNORE
+    batch.document_ids[row, begins[begins < batch.document_ids.shape[1]]] = 1
+    np.cumsum(batch.document_ids[row], out=batch.document_ids[row])
 
 
 def check_ids(batch: Batch, vocab_size: int | None, store: str) -> None:
@@ -89,7 +100,8 @@ class TrainBatches:
 
     Row g = first_sample + step * global_batch_size + i of the stream belongs to (source, own index j) by the mixture;
     j lies in epoch e = j // n of the source's n samples, and is its sample Permutation(n, key(seed, stage, source, e))
-    (j % n). Sample k of a store has the tokens [k T, k T + T + 1): T inputs and T targets. World size does not enter.
+    (j % n). Sample k of a store is row k of its packing; in chunks, the tokens [k T, k T + T + 1): T inputs and T
+    targets. World size does not enter.
     """
 
     def __init__(
@@ -104,8 +116,11 @@ class TrainBatches:
         document_mask: bool = False,
         vocab_size: int | None = None,
         first_sample: int = 0,
+        packing: str = "chunk",
     ) -> None:
-        """`vocab_size`: size of the model's embedding, against which every batch is checked when given.
+        """`packing`: how documents become rows, a name of PACKINGS.
+
+        `vocab_size`: size of the model's embedding, against which every batch is checked when given.
 
         `first_sample`: number in the stream of the first row of step 0, for a run that goes on with another
         global batch size; negative when the steps before it were smaller than the present ones.
@@ -118,7 +133,8 @@ class TrainBatches:
         self._first = first_sample
         self._seed, self._stage, self._vocab_size = seed, stage, vocab_size
         self.names = unique_names(stores)
-        self.samples = [(store.tokens - 1) // sequence_length for store in stores]
+        self._packings = [PACKINGS[packing](store, sequence_length) for store in stores]
+        self.samples = [len(rows) for rows in self._packings]
         for store, samples in zip(stores, self.samples, strict=True):
             if samples < 1:
                 raise UserError(
@@ -150,7 +166,7 @@ class TrainBatches:
             raise IndexError(f"rows [{start}, {stop}) of a global batch of {self._batch}")
         batch = _empty_batch(stop - start, self._length, self._mask)
         for row, (source, sample) in enumerate(self._locate(step, start, stop)):
-            _fill_row(batch, row, self._stores[source], sample * self._length, self._length)
+            _fill_row(batch, row, self._stores[source], self._packings[source], sample)
         check_ids(batch, self._vocab_size, " or ".join(self.names))
         return batch
 
@@ -159,7 +175,7 @@ class TrainBatches:
         return [(self.names[source], sample) for source, sample in self._locate(step, 0, self._batch)]
 
     def tokens_by_source(self, step: int) -> dict[str, int]:
-        """Target tokens consumed from each source before step `step`, T per row."""
+        """Positions consumed from each source before step `step`: T per row, scored or not."""
         counts = self._mixture.counts(self._first + step * self._batch)
         return {name: count * self._length for name, count in zip(self.names, counts, strict=True)}
 
@@ -182,7 +198,8 @@ def unique_names(stores: list[PackedStore]) -> list[str]:
 
 
 class ValidationRows:
-    """A store from its first token on, row after row; the last row is padded, so that every target counts once."""
+    """A store from its first token on, row after row; in chunks, the last row is padded, so that every target counts
+    once."""
 
     def __init__(
         self,
@@ -191,13 +208,18 @@ class ValidationRows:
         limit_rows: int | None = None,
         document_mask: bool = False,
         vocab_size: int | None = None,
+        packing: str = "chunk",
     ) -> None:
-        """`limit_rows`: at most so many rows, None is the whole split. Raises `UserError` for a store of one token."""
+        """`packing`: a name of VALIDATION_PACKINGS; others than chunk need a `PackedStore`.
+
+        `limit_rows`: at most so many rows, None is the whole split. Raises `UserError` for a store of one token.
+        """
         if store.tokens < 2:
             raise UserError(f"{store.location}: {store.tokens} tokens; validation needs at least 2")
         self._store, self._length, self._mask, self._vocab_size = store, sequence_length, document_mask, vocab_size
         self.name = store.name
-        rows = -(-(store.tokens - 1) // sequence_length)
+        self._packing = VALIDATION_PACKINGS[packing](store, sequence_length)
+        rows = len(self._packing)
         self._rows = rows if limit_rows is None else min(rows, limit_rows)
 
     def __len__(self) -> int:
@@ -208,7 +230,6 @@ class ValidationRows:
         """Rows [start, stop); those beyond the end come unscored, so that all ranks can make equally many calls."""
         batch = _empty_batch(stop - start, self._length, self._mask)
         for row, number in enumerate(range(start, min(stop, self._rows))):
-            first = number * self._length
-            _fill_row(batch, row, self._store, first, min(self._length, self._store.tokens - 1 - first))
+            _fill_row(batch, row, self._store, self._packing, number)
         check_ids(batch, self._vocab_size, self.name)
         return batch

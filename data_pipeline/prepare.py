@@ -260,7 +260,12 @@ class _Run:
 
         def save() -> None:
             bad.flush()
-            state = {"recipe": recipe, "tokenizer": tokenizer.hash, "writer": writer.state(), "counts": self._counts}
+            state: dict[str, Any] = {
+                "recipe": recipe,
+                "tokenizer": tokenizer.hash,
+                "writer": writer.state(),
+                "counts": self._counts,
+            }
             if self._dedup:
                 state["dedup"] = self._dedup.flush()
             place = {"source": self._number, "cursor": [self._cursor.offset, self._cursor.line], "share": share}

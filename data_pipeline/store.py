@@ -46,6 +46,11 @@ class PackedStore:
         file = tokenizer.get("file")
         self.tokenizer_path: Path | None = path / file if file else None
 
+    @property
+    def cache(self) -> Path:
+        """Directory beside the tokens for what is computed from them; need not exist."""
+        return self.path / "packing" if self.path.is_dir() else self.path.with_name(f"{self.path.name}.packing")
+
     def _parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Shard number and local [start, stop) of every shard that a range of tokens touches."""
         first = int(np.searchsorted(self._bounds, start, side="right")) - 1

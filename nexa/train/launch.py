@@ -59,6 +59,7 @@ def data_identity(cfg: Config, stores: list[PackedStore]) -> dict[str, Any]:
         "weights": [part.weight for part in mixture],
         "seed": cfg.train.seed,
         "sequence_length": cfg.data.sequence_length,
+        "packing": cfg.data.packing,
     }
 
 

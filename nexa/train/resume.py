@@ -123,11 +123,10 @@ def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -
         logger.info("resuming from %s (step %d, %d tokens)", origin.path, old.step, old.tokens)
         for difference in differences(cfg, origin.path, saved.get("optim", {})):
             logger.info("%s; the config's is used", difference)
-    same_data = saved["data"] == data
+    order = {"packing": "chunk"} | saved["data"]  # the only one there was when it was not written down
+    same_data = order == data
     if origin.mode.step and not same_data:
-        changed = ", ".join(
-            f"{key}: {saved['data'].get(key)} -> {data[key]}" for key in data if saved["data"].get(key) != data[key]
-        )
+        changed = ", ".join(f"{key}: {order.get(key)} -> {data[key]}" for key in data if order.get(key) != data[key])
         raise UserError(
             f"{origin.path}: the data order changed since this checkpoint ({changed}); restore it, or start a new run "
             "from these weights with resume.mode=new_schedule or weights_only"
