@@ -34,18 +34,18 @@ def peaks(corpus, out, count, dedup=""):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_memory_does_not_grow_with_the_corpus(tmp_path, count):
-    """Eight times as many documents, the longest as long as before: no more than noise of the allocator."""
+    """More documents, the longest as long as before: no more than the noise of the allocator."""
     found = []
-    for repeats in (1, 8):
+    for repeats in (4, 14):
         path = tmp_path / f"{repeats}.jsonl"
         with open(path, "w") as stream:
             for number in range(repeats):
                 stream.write(json.dumps({"text": f"{number} long " * 300_000}) + "\n")
                 stream.writelines(json.dumps({"text": f"{number} {place} short " * 60}) + "\n" for place in range(4000))
         found.append(peaks(path, tmp_path / f"out{repeats}", count))
-    assert (tmp_path / "8.jsonl").stat().st_size > 40e6
+    assert (tmp_path / "14.jsonl").stat().st_size > 70e6
     for small, large in zip(*found, strict=True):
-        assert large - small < 12e6
+        assert large - small < 15e6
 
 
 def test_huge_documents_do_not_pile_up(monkeypatch):
