@@ -127,7 +127,7 @@ class _Run:
         keys = ("documents", "empty", "bad", "duplicates", "near_duplicates", "text_bytes", "removed_bytes", "tokens")
         self._counts = [dict.fromkeys(keys, 0) for _ in sources]
         self._dedup: Deduplicator | None = None
-        self._number, self._cursor = 0, Cursor()
+        self._number, self._cursor, self._between = 0, Cursor(), True
         self._total = max(1, sum(source.size for source in sources))
 
     def _recipe(self, tokenizer_hash: str) -> dict[str, Any]:
@@ -283,11 +283,13 @@ class _Run:
                         save()
                         saved = monotonic()
         except KeyboardInterrupt:
-            save()
+            if self._between:  # half a unit on the disk must not count; without saving it is cut off again
+                save()
             self._progress.note("interrupted; the same command goes on from here")
             raise
 
     def _take(self, result: Tokenized, writer: StoreWriter, bad: IO[bytes]) -> None:
+        self._between = False
         self._progress.bytes += result.text_bytes
         self._progress.tokens += result.tokens
         removed = {}
@@ -313,6 +315,7 @@ class _Run:
             self._counts[result.number][key] += value
         self._progress.documents += result.documents
         self._progress.bad += len(result.bad)
+        self._between = True
 
     def _finish(self, writer: StoreWriter, tokenizer: Tokenizer, recipe: dict[str, Any]) -> dict[str, Any]:
         totals = {key: sum(counts[key] for counts in self._counts) for key in self._counts[0]}
