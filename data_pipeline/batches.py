@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from data_pipeline.order import Order, ReplayOrder, Stage, StagedOrder, replay_mixture, unique
+from data_pipeline.packing import PACKINGS, VALIDATION_PACKINGS, Packing
 from data_pipeline.store import PackedStore
 from nexa.errors import UserError
 
@@ -61,17 +62,27 @@ def _empty_batch(rows: int, length: int, document_mask: bool) -> Batch:
     return Batch(np.zeros((rows, length), np.int64), np.full((rows, length), IGNORE, np.int64), documents)
 
 
-def _fill_row(batch: Batch, row: int, store: TokenSource, start: int, targets: int) -> None:
-    """Put `targets` + 1 tokens from `start` into a row; the rest of the row stays unscored padding."""
-    tokens = store.read(start, targets + 1)
+def _fill_row(batch: Batch, row: int, store: TokenSource, packing: Packing, number: int) -> None:
+    """Put row `number` of a packing into a row of the batch; the rest of it stays unscored padding."""
+    pieces = packing.pieces(number)
+    if not pieces:
+        return
+    tokens = np.concatenate([store.read(piece.start, piece.targets + 1) for piece in pieces])
+    targets = len(tokens) - 1
     batch.input_ids[row, :targets] = tokens[:-1]
     batch.labels[row, :targets] = tokens[1:]
-    if batch.document_ids is not None:
-        # A document that begins at input position t + 1 makes target t the first token of another document.
+    begins = np.cumsum([piece.targets + 1 for piece in pieces])[:-1]
+    if batch.document_ids is None:
+        # What follows the end of a document is the beginning of another, not the middle of one that was cut.
+        batch.labels[row, begins[[not piece.opens for piece in pieces[1:]]] - 1] = IGNORE
+        return
+    if not packing.whole:
+        start = pieces[0].start
         begins = store.document_starts(start + 1, start + targets + 1) - start
-        batch.labels[row, begins - 1] = IGNORE
-        batch.document_ids[row, begins[begins < batch.document_ids.shape[1]]] = 1
-        np.cumsum(batch.document_ids[row], out=batch.document_ids[row])
+    # A document that begins at input position t + 1 makes target t the first token of another document.
+    batch.labels[row, begins - 1] = IGNORE
+    batch.document_ids[row, begins[begins < batch.document_ids.shape[1]]] = 1
+    np.cumsum(batch.document_ids[row], out=batch.document_ids[row])
 
 
 def check_ids(batch: Batch, vocab_size: int | None, store: str) -> None:
@@ -87,7 +98,8 @@ class TrainBatches:
     """Global batches of a mixture of stores, whose proportions may change, with or without replay of older batches.
 
     Row i of a step is sample first_sample + step * global_batch_size + i of the order (`data_pipeline.order`), which
-    says what sample of what store that is. Sample k of a store has the tokens [k T, k T + T + 1): T inputs and T
+    says what sample of what store that is. Sample k of a store is row k of its packing; in chunks, the tokens
+    [k T, k T + T + 1): T inputs and T
     targets. World size does not enter.
     """
 
@@ -105,9 +117,11 @@ class TrainBatches:
         document_mask: bool = False,
         vocab_size: int | None = None,
         first_sample: int = 0,
+        packing: str = "chunk",
     ) -> None:
         """`weights`: until the first of `stages`; like theirs one for each store, 0 for a store that is not used.
         Stages start at samples of the whole order, replayed ones counted.
+        `packing`: how documents become rows, a name of PACKINGS.
 
         `in_file_order`: stores whose samples are not permuted. `replay`: share of every batch that is older
         batches' order, from its first sample on.
@@ -121,7 +135,9 @@ class TrainBatches:
         self.stores = list(stores)
         self._length, self._batch, self._mask = sequence_length, global_batch_size, document_mask
         self._first, self._vocab_size = first_sample, vocab_size
-        samples = [(store.tokens - 1) // sequence_length for store in stores]
+        self._packings = [PACKINGS[packing](store, sequence_length) for store in stores]
+        self.every_target = packing == "chunk" and not document_mask
+        samples = [len(rows) for rows in self._packings]
         for store, count in zip(stores, samples, strict=True):
             if count < 1:
                 raise UserError(
@@ -137,6 +153,8 @@ class TrainBatches:
             share, old = replay
             self.order = ReplayOrder(self.order, old.order, share)
             self.stores += old.stores
+            self._packings += old._packings
+            self.every_target &= old.every_target
         self.names, self.samples = self.order.names, self.order.samples
 
     def _locate(self, step: int, start: int, stop: int) -> list[tuple[int, int]]:
@@ -150,7 +168,7 @@ class TrainBatches:
             raise IndexError(f"rows [{start}, {stop}) of a global batch of {self._batch}")
         batch = _empty_batch(stop - start, self._length, self._mask)
         for row, (source, sample) in enumerate(self._locate(step, start, stop)):
-            _fill_row(batch, row, self.stores[source], sample * self._length, self._length)
+            _fill_row(batch, row, self.stores[source], self._packings[source], sample)
         check_ids(batch, self._vocab_size, " or ".join(self.names))
         return batch
 
@@ -159,7 +177,7 @@ class TrainBatches:
         return [(self.names[source], sample) for source, sample in self._locate(step, 0, self._batch)]
 
     def tokens_by_source(self, step: int) -> dict[str, int]:
-        """Target tokens consumed from each source before step `step`, T per row."""
+        """Positions consumed from each source before step `step`: T per row, scored or not."""
         counts = self.order.counts(self._first + step * self._batch)
         return {name: count * self._length for name, count in zip(self.names, counts, strict=True)}
 
@@ -175,7 +193,8 @@ def unique_names(stores: Sequence[PackedStore]) -> list[str]:
 
 
 class ValidationRows:
-    """A store from its first token on, row after row; the last row is padded, so that every target counts once."""
+    """A store from its first token on, row after row; in chunks, the last row is padded, so that every target counts
+    once."""
 
     def __init__(
         self,
@@ -184,13 +203,18 @@ class ValidationRows:
         limit_rows: int | None = None,
         document_mask: bool = False,
         vocab_size: int | None = None,
+        packing: str = "chunk",
     ) -> None:
-        """`limit_rows`: at most so many rows, None is the whole split. Raises `UserError` for a store of one token."""
+        """`packing`: a name of VALIDATION_PACKINGS; others than chunk need a `PackedStore`.
+
+        `limit_rows`: at most so many rows, None is the whole split. Raises `UserError` for a store of one token.
+        """
         if store.tokens < 2:
             raise UserError(f"{store.location}: {store.tokens} tokens; validation needs at least 2")
         self._store, self._length, self._mask, self._vocab_size = store, sequence_length, document_mask, vocab_size
         self.name = store.name
-        rows = -(-(store.tokens - 1) // sequence_length)
+        self._packing = VALIDATION_PACKINGS[packing](store, sequence_length)
+        rows = len(self._packing)
         self._rows = rows if limit_rows is None else min(rows, limit_rows)
 
     def __len__(self) -> int:
@@ -201,7 +225,6 @@ class ValidationRows:
         """Rows [start, stop); those beyond the end come unscored, so that all ranks can make equally many calls."""
         batch = _empty_batch(stop - start, self._length, self._mask)
         for row, number in enumerate(range(start, min(stop, self._rows))):
-            first = number * self._length
-            _fill_row(batch, row, self._store, first, min(self._length, self._store.tokens - 1 - first))
+            _fill_row(batch, row, self._store, self._packing, number)
         check_ids(batch, self._vocab_size, self.name)
         return batch

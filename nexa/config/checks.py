@@ -280,6 +280,15 @@ def _half_on_cpu(cfg: Config, world_size: int | None) -> Iterator[str]:
 CHECKS += DATA_CHECKS
 
 
+@_reads("data.packing", "data.document_mask")
+def _mask_separates(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.data.packing == "pad" and cfg.data.document_mask:
+        yield (
+            "data.document_mask=true: a sequence of data.packing=pad holds one document, so there is nothing to mask; "
+            "set data.document_mask=false, which is faster and the same"
+        )
+
+
 @_reads("data.source", "data.tokenizer", "data.tokenizer_vocab_size", "model.vocab_size")
 def _vocabulary(cfg: Config, world_size: int | None) -> Iterator[str]:
     size, rows = cfg.data.tokenizer_vocab_size, cfg.model.vocab_size

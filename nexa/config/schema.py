@@ -56,6 +56,7 @@ Initializer = Literal[
     "xavier",
 ]
 Precision = Literal["fp32", "bf16", "fp16"]
+Packing = Literal["chunk", "best_fit", "pad"]
 
 
 @dataclass
@@ -209,6 +210,9 @@ class DataConfig:
     """Target tokens of one sequence."""
     document_mask: bool = False
     """Attention stays inside a document, and no token is predicted across a boundary."""
+    packing: Packing = "chunk"
+    """How documents become sequences: chunk cuts the stream of all documents; best_fit keeps documents of up to one
+    sequence whole and pads little; pad has one document to a sequence, cut off or padded, as the C4 harness does."""
     cache_dir: str | None = None
     """Where the embedded corpus is packed; null is ~/.cache/nexa."""
     prefetch: int = 2
@@ -356,6 +360,8 @@ class EvalConfig:
     """Size of the validation set in global batches, the same sequences each time; 0 is the whole split."""
     sources: list[str] | None = None
     """Packed stores to evaluate on; null is the validation split of every training source."""
+    packing: Packing | None = None
+    """Packing of the validation sets; null is data.packing."""
     at_end: bool = True
     """Evaluate after the last step."""
     harness_compatible: bool = False

@@ -44,7 +44,8 @@ class TrainingData:
         self._config, self._sources = cfg, sources
         self._topology, self._micro, self._global = topology, cfg.train.micro_batch_size, cfg.train.global_batch_size
         self._accumulation = self._global // (self._micro * topology.data_size)
-        self._constant = None if cfg.data.document_mask else self._global * cfg.data.sequence_length
+        every_target = cfg.data.packing == "chunk" and not cfg.data.document_mask
+        self._constant = self._global * cfg.data.sequence_length if every_target else None
         self._pin = topology.device.type == "cuda"
         self.continue_from(0, 0)
 
@@ -105,7 +106,13 @@ class ValidationSet:
         """name: in the metrics, where two stores must not share one."""
         limit = cfg.eval.batches * cfg.train.global_batch_size or None
         self.name = name
-        self._rows = ValidationRows(store, cfg.data.sequence_length, limit, document_mask=cfg.data.document_mask)
+        self._rows = ValidationRows(
+            store,
+            cfg.data.sequence_length,
+            limit,
+            document_mask=cfg.data.document_mask,
+            packing=cfg.eval.packing or cfg.data.packing,
+        )
         self._topology, self._micro, self._global = topology, cfg.train.micro_batch_size, cfg.train.global_batch_size
 
     def __len__(self) -> int:

@@ -201,6 +201,7 @@ def training_batches(cfg: Config, sources: Sources, starts: Sequence[int], first
         document_mask=cfg.data.document_mask,
         vocab_size=cfg.model.vocab_size,
         first_sample=first_sample,
+        packing=cfg.data.packing,
     )
 
 
@@ -217,6 +218,8 @@ def data_identity(cfg: Config, sources: Sources) -> dict[str, Any]:
     if cfg.data.stages:
         later = zip(cfg.data.stages, sources.mixtures[1:], strict=True)
         identity["stages"] = [[stage.at_tokens, weights] for stage, weights in later]
+    if cfg.data.packing != "chunk":
+        identity["packing"] = cfg.data.packing
     if any(sources.in_file_order):
         identity["in_file_order"] = sources.in_file_order
     if sources.replay is not None:

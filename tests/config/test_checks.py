@@ -149,6 +149,7 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({}, 3, "train.micro_batch_size=8 x 3 data-parallel ranks = 24; set train.global_batch_size=48 or 72"),
     ({"train__micro_batch_size": 128}, 1, "set train.global_batch_size=128, or train.micro_batch_size=64"),
     ({"train__precision": "fp16", "train__device": "cpu"}, None, "train.precision=fp16: meant for GPUs"),
+    ({"data__packing": "pad", "data__document_mask": True}, None, "data.packing=pad holds one document, so there is"),
     ({"data__source": ""}, None, "data.source='': give `embedded`"),
     ({"data__source": "embeded"}, None, "data.source=embeded: did you mean embedded?"),
     ({"data__source": []}, None, "data.source=[]: a mixture needs at least one"),
