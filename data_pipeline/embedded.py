@@ -7,7 +7,6 @@ and its tables of characters), the docstrings of each module as prose, and the t
 from __future__ import annotations
 
 import ast
-import fcntl
 import hashlib
 import inspect
 import os
@@ -18,11 +17,11 @@ import tempfile
 import tokenize
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 from data_pipeline.indexed import dtype_for
+from data_pipeline.locks import exclusive
 from data_pipeline.store import MANIFEST
 from data_pipeline.tokenizer import MIN_BPE_VOCABULARY, train_bpe
 from data_pipeline.workers import split_of
@@ -72,7 +71,7 @@ def embedded_store(cache_dir: str | None, vocab_size: int) -> Path:
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / f"{target.name}.lock"):
+        with exclusive(cache / f"{target.name}.lock", "every process packs the corpus itself"):
             if not (target / MANIFEST).is_file():
                 _build(target, vocab_size)
     except OSError as error:
@@ -83,22 +82,8 @@ def embedded_store(cache_dir: str | None, vocab_size: int) -> Path:
     return target
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Wait until no other process builds. The system frees the lock of a dead process, so it cannot go stale.
-
-    Where the file system knows no locks, each process builds its own copy and the first rename wins.
-    """
-    with open(path, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError:
-            warnings.warn(f"{path}: no file locks here; every process packs the corpus itself", stacklevel=2)
-        yield
-
-
 def _build(target: Path, vocab_size: int) -> None:
-    """Build aside and rename, so that the store is whole or not there."""
+    """Build aside and rename, so that the store is whole or not there; without locks the first rename wins."""
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         documents = embedded_documents()

@@ -137,12 +137,37 @@ class ShardReader:
         last = bisect_left(documents, min(stop, self.tokens), lo=first, key=self.document_start)
         if first == last:
             return np.empty(0, np.int64)
+        return np.unique(self.positions(first, last))  # empty documents share a start
+
+    def positions(self, first: int, last: int) -> np.ndarray:
+        """Token positions at which the documents [first, last) begin, int64; number `documents` stands for the end.
+
+        Raises `UserError` when the document table is out of order there.
+        """
         sequences = np.frombuffer(self._map, "<i8", last - first, self._table_at + 8 * first)
-        base = int(sequences[0])
-        if base < 0 or int(sequences[-1]) >= self._sequences or (np.diff(sequences) < 0).any():
+        if int(sequences[0]) < 0 or int(sequences[-1]) > self._sequences or (np.diff(sequences) < 0).any():
             raise UserError(f"{self.idx_path}: the document table is not in order; the index is damaged")
-        offsets = np.frombuffer(self._map, "<i8", int(sequences[-1]) - base + 1, self._offsets_at + 8 * base)
-        return np.unique(offsets[sequences - base] // self.dtype.itemsize)  # empty documents share a start
+        base, top = int(sequences[0]), min(int(sequences[-1]) + 1, self._sequences)
+        offsets = np.frombuffer(self._map, "<i8", top - base, self._offsets_at + 8 * base) // self.dtype.itemsize
+        return np.append(offsets, self.tokens)[sequences - base]
+
+    def check(self) -> None:
+        """Read the whole index in pieces. Raises `UserError` when its tables disagree with each other."""
+        end = 0
+        for first in range(0, self._sequences, CHUNK):
+            count = min(CHUNK, self._sequences - first)
+            lengths = np.frombuffer(self._map, "<i4", count, HEADER.size + 4 * first).astype(np.int64)
+            offsets = np.frombuffer(self._map, "<i8", count, self._offsets_at + 8 * first)
+            ends = end + np.cumsum(lengths) * self.dtype.itemsize
+            wrong = (lengths < 0) | (offsets != ends - lengths * self.dtype.itemsize)
+            if wrong.any():
+                raise UserError(
+                    f"{self.idx_path}: sequence {first + int(wrong.argmax())} does not begin where the one before it "
+                    "ends; the index is damaged"
+                )
+            end = int(ends[-1])
+        for first in range(0, self.documents, CHUNK):
+            self.positions(first, min(first + CHUNK, self.documents) + 1)
 
 
 class ShardWriter:

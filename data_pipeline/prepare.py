@@ -13,17 +13,20 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, Any
 
+from data_pipeline.dedup import KEPT, LEFTOVERS, MODES, Deduplicator, report
 from data_pipeline.indexed import dtype_for
 from data_pipeline.progress import Progress
 from data_pipeline.sources import Cursor, ReadOptions, Source, Unit, find_sources, parse_unit, read_units
 from data_pipeline.store import MANIFEST, PROGRESS, read_manifest
 from data_pipeline.tokenizer import MIN_BPE_VOCABULARY, Tokenizer, load_tokenizer, train_bpe
-from data_pipeline.workers import Tokenized, tokenize_units
+from data_pipeline.workers import Tokenized, Work, tokenize_units
 from data_pipeline.writer import SHARD_TOKENS, StoreWriter, write_json
 from nexa.errors import UserError
 
 BAD_DOCUMENTS = "bad_documents.jsonl"
 LOCK = ".lock"
+REPORTED = 20
+"""Inputs whose figures are printed at the end; the manifest has all."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,14 @@ class PrepareOptions:
     eod: str | None = None
     validation_fraction: float = 0.01
     shard_tokens: int = SHARD_TOKENS
+    dedup: str | None = None
+    near_threshold: float = 0.8
+
+    def recipe(self) -> dict[str, Any]:
+        """What an interrupted run must have in common with the one that goes on; the tokenizer is told apart."""
+        left_out = {"tokenizer", "read", *(["dedup"] if self.dedup is None else [])}
+        left_out |= {"near_threshold"} if self.dedup != "near" else set()
+        return {key: value for key, value in asdict(self).items() if key not in left_out} | asdict(self.read)
 
     def check(self) -> None:
         """Raise `UserError` naming the option."""
@@ -52,6 +63,10 @@ class PrepareOptions:
             raise UserError("--max-document-mb: must be larger than 0")
         if self.read.text_documents not in ("file", "line"):
             raise UserError(f"--text-documents: {self.read.text_documents!r}; must be file or line")
+        if self.dedup is not None and self.dedup not in MODES:
+            raise UserError(f"--dedup: {self.dedup!r}; must be {' or '.join(MODES)}")
+        if not 0 < self.near_threshold <= 1:
+            raise UserError(f"--near-threshold: {self.near_threshold}; must be above 0 and at most 1")
 
 
 def prepare(
@@ -66,9 +81,11 @@ def prepare(
     """Tokenise inputs (see `find_sources`) into the packed store `out`; returns its manifest.
 
     Documents keep the order of the inputs; each ends with the tokenizer's end-of-document token; a hash of its text
-    puts it into `train` or `validation`. The result does not depend on `workers` (None: one per usable core), nor on
-    how often the run was killed: the same call goes on where it was saved last (every `checkpoint_seconds`). What
-    cannot be read is skipped, counted, and listed in `bad_documents.jsonl` with its place and the reason.
+    puts it into `train` or `validation`. With `dedup`, the first of equal documents is kept, over all inputs and both
+    splits (`near`: of documents at least as like as `near_threshold`, too). The result does not depend on `workers`
+    (None: one per usable core), nor on how often the run was killed: the same call goes on where it was saved last
+    (every `checkpoint_seconds`). What cannot be read is skipped, counted, and listed in `bad_documents.jsonl` with its
+    place and the reason.
 
     Raises `UserError` for bad input or options, when `out` holds something else, and when the disk is full.
     """
@@ -107,16 +124,17 @@ class _Run:
 
     def __init__(self, sources: list[Source], out: Path, options: PrepareOptions, progress: Progress) -> None:
         self._sources, self._out, self._options, self._progress = sources, out, options, progress
-        self._counts = [{"documents": 0, "empty": 0, "bad": 0, "text_bytes": 0, "tokens": 0} for _ in sources]
-        self._number, self._cursor = 0, Cursor()
+        keys = ("documents", "empty", "bad", "duplicates", "near_duplicates", "text_bytes", "removed_bytes", "tokens")
+        self._counts = [dict.fromkeys(keys, 0) for _ in sources]
+        self._dedup: Deduplicator | None = None
+        self._number, self._cursor, self._between = 0, Cursor(), True
         self._total = max(1, sum(source.size for source in sources))
 
     def _recipe(self, tokenizer_hash: str) -> dict[str, Any]:
         return {
             "inputs": [source.identity for source in self._sources],
             "tokenizer": tokenizer_hash if self._options.tokenizer else "trained",
-            **{key: value for key, value in asdict(self._options).items() if key not in ("tokenizer", "read")},
-            **asdict(self._options.read),
+            **self._options.recipe(),
         }
 
     def run(self, workers: int, checkpoint_seconds: float) -> dict[str, Any]:
@@ -132,12 +150,18 @@ class _Run:
             bad.seek(state.get("bad_bytes", 0))
             bad.truncate()
             dtype = dtype_for(tokenizer.vocab_size)
+            if self._options.dedup:
+                threshold = self._options.near_threshold if self._options.dedup == "near" else None
+                self._dedup = Deduplicator(self._out, threshold, state.get("dedup", 0))
             writer = StoreWriter(self._out, dtype, self._options.shard_tokens, state.get("writer"))
             try:
                 self._work(writer, bad, tokenizer, recipe, workers, checkpoint_seconds)
             except BaseException:
                 writer.abandon()
                 raise
+            finally:
+                if self._dedup:
+                    self._dedup.close()
         return self._finish(writer, tokenizer, recipe)
 
     def _finished(self, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +229,8 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         if "writer" not in state:
             return
-        self._number, self._cursor, self._counts = state["source"], Cursor(*state["cursor"]), state["counts"]
+        self._number, self._cursor = state["source"], Cursor(*state["cursor"])
+        self._counts = [zeros | counts for zeros, counts in zip(self._counts, state["counts"], strict=True)]
         share = state["share"]
         self._progress.restart(share)
         self._progress.note(f"going on at {100 * share:.1f} %, {self._sources[self._number].path}")
@@ -235,11 +260,19 @@ class _Run:
 
         def save() -> None:
             bad.flush()
-            state = {"recipe": recipe, "tokenizer": tokenizer.hash, "writer": writer.state(), "counts": self._counts}
+            state: dict[str, Any] = {
+                "recipe": recipe,
+                "tokenizer": tokenizer.hash,
+                "writer": writer.state(),
+                "counts": self._counts,
+            }
+            if self._dedup:
+                state["dedup"] = self._dedup.flush()
             place = {"source": self._number, "cursor": [self._cursor.offset, self._cursor.line], "share": share}
             write_json(self._out / PROGRESS, {**state, **place, "bad_bytes": bad.tell()})
 
-        results = tokenize_units(self._units(), (where, tokenizer), options.read, options.validation_fraction, workers)
+        work = Work(options.read, options.validation_fraction, options.dedup)
+        results = tokenize_units(self._units(), (where, tokenizer), work, workers)
         try:
             with closing(results):
                 for result in results:
@@ -250,11 +283,21 @@ class _Run:
                         save()
                         saved = monotonic()
         except KeyboardInterrupt:
-            save()
+            if self._between:  # half a unit on the disk must not count; without saving it is cut off again
+                save()
             self._progress.note("interrupted; the same command goes on from here")
             raise
 
     def _take(self, result: Tokenized, writer: StoreWriter, bad: IO[bytes]) -> None:
+        self._between = False
+        self._progress.bytes += result.text_bytes
+        self._progress.tokens += result.tokens
+        removed = {}
+        if self._dedup and result.fingerprints:
+            verdicts = self._dedup.judge(result.fingerprints)
+            removed = report(verdicts, result.fingerprints.sizes)
+            result.keep(verdicts == KEPT)
+            result.text_bytes -= removed["removed_bytes"]
         for split, (tokens, lengths) in result.splits.items():
             writer.append(split, tokens, lengths)
         for place, reason in result.bad:
@@ -266,13 +309,13 @@ class _Run:
             "bad": len(result.bad),
             "text_bytes": result.text_bytes,
             "tokens": result.tokens,
+            **removed,
         }
         for key, value in news.items():
             self._counts[result.number][key] += value
-        self._progress.bytes += result.text_bytes
-        self._progress.tokens += result.tokens
         self._progress.documents += result.documents
         self._progress.bad += len(result.bad)
+        self._between = True
 
     def _finish(self, writer: StoreWriter, tokenizer: Tokenizer, recipe: dict[str, Any]) -> dict[str, Any]:
         totals = {key: sum(counts[key] for counts in self._counts) for key in self._counts[0]}
@@ -280,8 +323,9 @@ class _Run:
             first = (self._out / BAD_DOCUMENTS).read_text(encoding="utf-8").partition("\n")[0]
             example = json.loads(first) if first else {"place": self._sources[0].path, "reason": "no text at all"}
             writer.abandon()
-            for name in (PROGRESS, BAD_DOCUMENTS, "tokenizer.json", "tokenizer_config.json"):
-                (self._out / name).unlink(missing_ok=True)
+            for name in (PROGRESS, BAD_DOCUMENTS, "tokenizer.json", "tokenizer_config.json", LEFTOVERS):
+                for path in self._out.glob(name):
+                    path.unlink()
             raise UserError(
                 f"no document in {len(self._sources)} inputs ({totals['bad']} bad, {totals['empty']} empty); "
                 f"the first problem: {example['place']}: {example['reason']}"
@@ -296,8 +340,9 @@ class _Run:
         return manifest
 
     def _clean(self) -> None:
-        for leftover in [self._out / PROGRESS, *self._out.glob("*.lengths"), *self._out.glob("*.partial")]:
-            leftover.unlink(missing_ok=True)
+        for pattern in (PROGRESS, "*.lengths", "*.partial", LEFTOVERS):
+            for leftover in self._out.glob(pattern):
+                leftover.unlink(missing_ok=True)
         report = self._out / BAD_DOCUMENTS
         if report.is_file() and not report.stat().st_size:
             report.unlink()
@@ -305,6 +350,10 @@ class _Run:
     def _summary(self, manifest: dict[str, Any]) -> None:
         splits = manifest["splits"]
         parts = ", ".join(f"{name} {s['documents']:,} documents {s['tokens']:,} tokens" for name, s in splits.items())
+        for source in manifest["sources"][:REPORTED]:
+            self._progress.note(describe_source(source))
+        if len(manifest["sources"]) > REPORTED:
+            self._progress.note(f"and {len(manifest['sources']) - REPORTED} more inputs, see {self._out / MANIFEST}")
         self._progress.note(f"finished {self._out}: {parts}; {self._progress.rates()}")
         if manifest["bad"]:
             where = self._out / BAD_DOCUMENTS
@@ -314,6 +363,19 @@ class _Run:
                 "no document fell into the validation split; give more documents (--text-documents line?) or a larger "
                 "--validation-fraction"
             )
+
+
+def describe_source(counts: dict[str, Any]) -> str:
+    """One line of an input's entry in the manifest: documents read, kept and removed and why, bytes, tokens."""
+    removed = {"empty": "empty", "bad": "bad", "duplicates": "duplicates", "near_duplicates": "near-duplicates"}
+    left_out = {name: counts.get(key, 0) for key, name in removed.items()}
+    reasons = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
+    given = counts["documents"] + sum(left_out.values())
+    return (
+        f"{counts['path']}: {given:,} documents, {counts['documents']:,} kept, "
+        f"{sum(left_out.values()):,} removed{f' ({reasons})' if reasons else ''}, {counts['text_bytes']:,} bytes, "
+        f"{counts['tokens']:,} tokens"
+    )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -75,6 +75,13 @@ class Unit:
     consumed: int
     too_long: int = 0
 
+    @property
+    def size(self) -> int:
+        """Bytes of the payload (characters, where a data set gives text)."""
+        if isinstance(self.payload, bytes):
+            return len(self.payload)
+        return sum(len(value) for value in self.payload if isinstance(value, str | bytes))
+
 
 @dataclass
 class Documents:

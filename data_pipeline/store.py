@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.indexed import ShardReader, sha256_file, shard_paths
+from data_pipeline.indexed import CHUNK, ShardReader, sha256_file, shard_paths
 from nexa.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -21,7 +22,7 @@ VERSION = 1
 class PackedStore:
     """One split of a store: a long row of tokens, cut into documents.
 
-    Attributes: `name` (short, for metrics), `location` (for messages), `split`, `tokens`, `documents`, `dtype`,
+    Attributes: `path`, `name` (short, for metrics), `location` (for messages), `split`, `tokens`, `documents`, `dtype`,
     `vocab_size`, `eod_id`, `tokenizer_path` and `tokenizer_hash` (None where unknown), `fingerprint` (identity of the
     content, cheap to get).
     """
@@ -33,7 +34,7 @@ class PackedStore:
         tokenizer = about.get("tokenizer", {})
         self.name, self.location = about.get("name") or path.resolve().name, f"{path} ({split})"
         self.split, self.fingerprint = split, fingerprint
-        self._shards = shards
+        self.path, self._shards = path, shards
         # Where each shard begins in the concatenation, and where the last one ends.
         self._bounds = np.cumsum([0, *(shard.tokens for shard in shards)])
         self.tokens = int(self._bounds[-1])
@@ -44,6 +45,11 @@ class PackedStore:
         self.tokenizer_hash: str | None = tokenizer.get("sha256")
         file = tokenizer.get("file")
         self.tokenizer_path: Path | None = path / file if file else None
+
+    @property
+    def cache(self) -> Path:
+        """Directory beside the tokens for what is computed from them; need not exist."""
+        return self.path / "packing" if self.path.is_dir() else self.path.with_name(f"{self.path.name}.packing")
 
     def _parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Shard number and local [start, stop) of every shard that a range of tokens touches."""
@@ -78,6 +84,28 @@ class PackedStore:
             for shard, low, high in self._parts(start, stop)
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def document_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(first token, length) of all documents in order, int64, CHUNK of them at a time; a length may be 0."""
+        for low, shard in zip(self._bounds, self._shards, strict=False):
+            for first in range(0, shard.documents, CHUNK):
+                positions = low + shard.positions(first, min(first + CHUNK, shard.documents) + 1)
+                yield positions[:-1], np.diff(positions)
+
+    def document(self, number: int) -> tuple[int, int]:
+        """(first token, length) of one document, counted from 0 over all shards. Raises IndexError outside."""
+        inside = number
+        for low, shard in zip(self._bounds, self._shards, strict=False):
+            if 0 <= inside < shard.documents:
+                start, end = shard.positions(inside, inside + 2).tolist()
+                return int(low) + start, end - start
+            inside -= shard.documents
+        raise IndexError(f"{self.name}: document {number} of {self.documents}")
+
+    def check(self) -> None:
+        """Raise `UserError` when the index of a shard disagrees with itself; reads all of it."""
+        for shard in self._shards:
+            shard.check()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""`nexa data prepare` and `nexa data inspect`: make a packed store from a corpus, and look into one."""
+"""`nexa data`: make a packed store from a corpus, and look into one."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from nexa.errors import UserError
 
 PREPARE = """
 Inputs are files (.jsonl .ndjson .json with one object per line, .txt .text .md, each also .gz or .zst; .parquet),
@@ -21,17 +24,24 @@ Interrupted or killed, the same command goes on where it was. Train on the resul
 def add_parser(subparsers: Any) -> None:
     """Add the `data` command to argparse's sub-parsers; its handler is `handler(arguments) -> exit code`."""
     parser = subparsers.add_parser("data", help="make and inspect packed token stores")
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="{prepare,inspect}")
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="{prepare,inspect,verify,stats}")
     form = argparse.RawDescriptionHelpFormatter
     _add_prepare(
         commands.add_parser("prepare", help="corpus to packed store", description=PREPARE, formatter_class=form)
     )
-    inspect = commands.add_parser("inspect", help="what a packed store holds", description="What a packed store holds.")
-    inspect.add_argument("store", help="directory of a packed store, or the prefix of a Megatron .bin/.idx pair")
-    inspect.add_argument("--verify", action="store_true", help="recompute the checksum of every file")
+    inspect = _add_reader(commands, "inspect", "what a packed store holds", _inspect)
     inspect.add_argument("--show", type=int, default=0, metavar="N", help="print the text of the first N documents")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    inspect.set_defaults(handler=_inspect)
+    _add_reader(commands, "verify", "recompute all checksums and read the whole index of a packed store", _verify)
+    _add_reader(commands, "stats", "documents, tokens, lengths and compression of a packed store", _stats)
+
+
+def _add_reader(commands: Any, name: str, what: str, handler: Callable[[argparse.Namespace], int]) -> Any:
+    """A command that reads one store."""
+    parser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    parser.add_argument("store", help="directory of a packed store, or the prefix of a Megatron .bin/.idx pair")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.set_defaults(handler=handler)
+    return parser
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +66,13 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of the documents kept for validation, chosen by a hash of their text (default 0.01)",
     )
+    add("--dedup", choices=["exact", "near"], help="remove documents equal, or nearly equal, to an earlier one")
+    add(
+        "--near-threshold",
+        type=float,
+        metavar="J",
+        help="--dedup near: Jaccard likeness of word 5-grams from which documents count as equal (default 0.8)",
+    )
     add("--workers", type=int, metavar="N", help="processes (default: one per usable core)")
     add(
         "--shard-tokens",
@@ -74,6 +91,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from data_pipeline.prepare import PrepareOptions, prepare
     from data_pipeline.sources import ReadOptions
 
+    if arguments.near_threshold is not None and arguments.dedup != "near":
+        raise UserError(f"--near-threshold: {arguments.near_threshold} has no effect without --dedup near")
     read = ReadOptions(
         text_key=arguments.text_key,
         text_documents=arguments.text_documents,
@@ -89,13 +108,15 @@ def _prepare(arguments: argparse.Namespace) -> int:
         eod=arguments.eod,
         validation_fraction=arguments.validation_fraction,
         shard_tokens=arguments.shard_tokens,
+        dedup=arguments.dedup,
+        near_threshold=0.8 if arguments.near_threshold is None else arguments.near_threshold,
     )
     prepare(arguments.inputs, arguments.out, options, workers=arguments.workers)
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from data_pipeline.store import available_splits, open_store, verify_store
+    from data_pipeline.store import available_splits, open_store
 
     stores = [open_store(arguments.store, split) for split in available_splits(arguments.store)]
     described = {
@@ -116,8 +137,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
             "vocab_size": stores[0].vocab_size,
             "eod_id": stores[0].eod_id,
         }
-    if arguments.verify:
-        about["verified_files"] = len(verify_store(arguments.store))
     if arguments.json:
         print(json.dumps(about, indent=1))
     else:
@@ -133,8 +152,26 @@ def _print_lines(about: dict[str, Any]) -> None:
         print(f"{split:<10} " + ", ".join(f"{key} {value}" for key, value in values.items()))
     if "tokenizer" in about:
         print("tokenizer  " + ", ".join(f"{key} {value}" for key, value in about["tokenizer"].items()))
-    if "verified_files" in about:
-        print(f"verified   {about['verified_files']} files agree with their checksums")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from data_pipeline.statistics import verify
+
+    found = verify(arguments.store)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    checked = f"{found['files']} files agree with their checksums"
+    print(f"{found['store']}: {checked if found['checksums'] else 'no checksums to compare'}; the index is in order")
+    return 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from data_pipeline.statistics import as_lines, statistics
+
+    found = statistics(arguments.store)
+    print(json.dumps(found, indent=1) if arguments.json else "\n".join(as_lines(found)))
+    return 0
 
 
 def _show(path: str, store: Any, count: int) -> None:

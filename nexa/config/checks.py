@@ -5,13 +5,12 @@ A problem reads `key=value: why; which key to change to what`.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
+from nexa.config.data_checks import DATA_CHECKS
 from nexa.config.fields import shorten
 from nexa.config.limits import outside, value_of
 from nexa.config.norm_checks import NORM_CHECKS
@@ -278,31 +277,16 @@ def _half_on_cpu(cfg: Config, world_size: int | None) -> Iterator[str]:
 # Data and tokens --------------------------------------------------------------------------------
 
 
-@_reads("data.source")
-def _sources(cfg: Config, world_size: int | None) -> Iterator[str]:
-    source = cfg.data.source
-    if isinstance(source, str):
-        if not source.strip():
-            yield "data.source='': give `embedded`, a packed store, or a list of {path, weight, replay}"
-        elif source != "embedded" and _resembles(source, "embedded") and not Path(source).exists():
-            yield f"data.source={source}: did you mean embedded? There is no packed store of that name"
-        return
-    if not source:
-        yield "data.source=[]: a mixture needs at least one {path, weight, replay}"
-    for index, part in enumerate(source):
-        if not part.path.strip():
-            yield f"data.source[{index}].path='': give the packed store of this source"
-        if part.weight <= 0:
-            yield f"data.source[{index}].weight={part.weight}: must be greater than 0; leave the source out instead"
-        if part.replay:
-            yield (
-                f"data.source[{index}].replay=true: replay in the original order is not built yet; set replay: false, "
-                "which draws from the source in a new order"
-            )
+CHECKS += DATA_CHECKS
 
 
-def _resembles(word: str, other: str) -> bool:
-    return difflib.SequenceMatcher(None, word.lower(), other).ratio() > 0.8
+@_reads("data.packing", "data.document_mask")
+def _mask_separates(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.data.packing == "pad" and cfg.data.document_mask:
+        yield (
+            "data.document_mask=true: a sequence of data.packing=pad holds one document, so there is nothing to mask; "
+            "set data.document_mask=false, which is faster and the same"
+        )
 
 
 @_reads("data.source", "data.tokenizer", "data.tokenizer_vocab_size", "model.vocab_size")

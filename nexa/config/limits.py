@@ -63,6 +63,8 @@ LIMITS: dict[str, Limit] = {
     "data.tokenizer_vocab_size": _COUNT,
     "data.sequence_length": _COUNT,
     "data.prefetch": _NONNEGATIVE,
+    "data.temperature": _POSITIVE,
+    "data.replay": Limit(0, 1, open_high=True),
     "train.steps": _COUNT,
     "train.tokens": _COUNT,
     "train.stop_at": _COUNT,

@@ -56,6 +56,7 @@ Initializer = Literal[
     "xavier",
 ]
 Precision = Literal["fp32", "bf16", "fp16"]
+Packing = Literal["chunk", "best_fit", "pad"]
 
 
 @dataclass
@@ -168,10 +169,23 @@ class MixtureSource:
 
     path: str = ""
     """Packed store: its directory, or the prefix of a Megatron `.bin`/`.idx` pair."""
-    weight: float = 1.0
-    """Share of the samples, relative to the other weights."""
+    weight: float | None = 1.0
+    """Share of the samples, relative to the other weights; null, for all sources of a mixture, is by size, see
+    `data.temperature`."""
     replay: bool = False
-    """Old data replayed in its original order from its own cursor; not built yet, and refused."""
+    """Samples in the store's own order from the first one on, not shuffled."""
+    max_epochs: float | None = None
+    """A run that would read the source more often than this is refused; null is no limit."""
+
+
+@dataclass
+class MixtureStage:
+    """A mixture that begins later in the run."""
+
+    at_tokens: int = 0
+    """Target tokens after which it begins, rounded up to a whole global batch."""
+    source: list[MixtureSource] = field(default_factory=list)
+    """The sources from then on; one that was there before goes on where it stopped."""
 
 
 @dataclass
@@ -180,6 +194,14 @@ class DataConfig:
 
     source: str | list[MixtureSource] = "embedded"
     """`embedded` (text every Python installation carries), a packed store, or a list of {path, weight, replay}."""
+    temperature: float = 1.0
+    """Sources whose weight is null have weights size^(1/temperature): 1 is in proportion to size, more is more even."""
+    stages: list[MixtureStage] = field(default_factory=list)
+    """Mixtures that follow `source`, as a list of {at_tokens, source}."""
+    replay_from: str | None = None
+    """Run folder, or one of its checkpoints, whose data is replayed in the order in which it was read."""
+    replay: float | None = None
+    """Share of every global batch that comes from `replay_from`, from its first sample on; the run gets no longer."""
     tokenizer: str | None = None
     """tokenizer.json or its directory, `bytes`, or null for the one inside the store."""
     tokenizer_vocab_size: int | None = None
@@ -188,6 +210,9 @@ class DataConfig:
     """Target tokens of one sequence."""
     document_mask: bool = False
     """Attention stays inside a document, and no token is predicted across a boundary."""
+    packing: Packing = "chunk"
+    """How documents become sequences: chunk cuts the stream of all documents; best_fit keeps documents of up to one
+    sequence whole and pads little; pad has one document to a sequence, cut off or padded, as the C4 harness does."""
     cache_dir: str | None = None
     """Where the embedded corpus is packed; null is ~/.cache/nexa."""
     prefetch: int = 2
@@ -335,6 +360,8 @@ class EvalConfig:
     """Size of the validation set in global batches, the same sequences each time; 0 is the whole split."""
     sources: list[str] | None = None
     """Packed stores to evaluate on; null is the validation split of every training source."""
+    packing: Packing | None = None
+    """Packing of the validation sets; null is data.packing."""
     at_end: bool = True
     """Evaluate after the last step."""
     harness_compatible: bool = False

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.batches import Batch, TrainBatches, ValidationRows, unique_names
-from data_pipeline.embedded import embedded_store
+from data_pipeline.batches import Batch, ValidationRows, unique_names
 from data_pipeline.store import PackedStore, available_splits, open_store
-from data_pipeline.tokenizer import load_tokenizer
 from nexa.config.schema import Config
 from nexa.errors import UserError
 from nexa.parallel.topology import Topology
+from nexa.train.sources import Sources, check_epochs, describe, starts_of, training_batches
 
 TensorBatch = dict[str, Tensor]
 
@@ -43,25 +41,31 @@ class TrainingData:
 
     def __init__(self, cfg: Config, topology: Topology, sources: Sources) -> None:
         """Raises UserError for a store that holds less than one sequence."""
-        self._order = partial(
-            TrainBatches,
-            sources.stores,
-            sources.weights,
-            sequence_length=cfg.data.sequence_length,
-            global_batch_size=cfg.train.global_batch_size,
-            seed=cfg.train.seed,
-            document_mask=cfg.data.document_mask,
-            vocab_size=cfg.model.vocab_size,
-        )
-        self._batches = self._order()
+        self._config, self._sources = cfg, sources
         self._topology, self._micro, self._global = topology, cfg.train.micro_batch_size, cfg.train.global_batch_size
         self._accumulation = self._global // (self._micro * topology.data_size)
-        self._constant = None if cfg.data.document_mask else self._global * cfg.data.sequence_length
+        every_target = cfg.data.packing == "chunk" and not cfg.data.document_mask
+        self._constant = self._global * cfg.data.sequence_length if every_target else None
         self._pin = topology.device.type == "cuda"
+        self.continue_from(0, 0)
 
-    def continue_from(self, step: int, samples: int) -> None:
-        """Let step `step` begin with sample number `samples` of the order, as after a changed batch size."""
-        self._batches = self._order(first_sample=samples - step * self._global)
+    def continue_from(self, step: int, samples: int, passed: Sequence[int] = ()) -> None:
+        """Let step `step` begin with sample number `samples` of the order, as after a changed batch size.
+
+        passed: `stage_starts` of the run so far.
+        """
+        self._first = samples - step * self._global
+        self.stage_starts = starts_of(self._config, samples, passed)
+        self._batches = training_batches(self._config, self._sources, self.stage_starts, self._first)
+
+    def check(self) -> list[str]:
+        """Lines about the order from here to the run's last step.
+
+        Raises UserError when a source would be read more often than its `max_epochs`.
+        """
+        end = self._first + self._config.total_steps * self._global
+        check_epochs(self._config, self._sources, self._batches, self._first, end)
+        return describe(self._config, self._sources, self._batches, self.stage_starts, end)
 
     def fetch(self, step: int) -> StepData:
         """This rank's micro-batches of step `step`; pure, and safe to call from another thread."""
@@ -90,55 +94,9 @@ class TrainingData:
         """Target tokens taken from each source before step `step`."""
         return self._batches.tokens_by_source(step)
 
-
-def source_paths(cfg: Config, topology: Topology) -> list[tuple[Path, float]]:
-    """(packed store, weight) of every training source; the embedded corpus is built on first use."""
-    source = cfg.data.source
-    if isinstance(source, list):
-        return [(Path(part.path), part.weight) for part in source]
-    if source != "embedded":
-        return [(Path(source), 1.0)]
-    size = cfg.data.tokenizer_vocab_size or min(cfg.model.vocab_size, 2048)
-    if topology.local_rank == 0:
-        embedded_store(cfg.data.cache_dir, size)
-    dist.barrier(group=topology.control_group)
-    return [(embedded_store(cfg.data.cache_dir, size), 1.0)]
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Training stores, where they are and how much of each."""
-
-    paths: list[Path]
-    stores: list[PackedStore]
-    weights: list[float]
-
-
-def open_sources(cfg: Config, topology: Topology) -> Sources:
-    """Training stores. Raises UserError for a vocabulary larger than the model's."""
-    paths = source_paths(cfg, topology)
-    stores = [open_store(path) for path, _ in paths]
-    for store in stores:
-        if store.vocab_size is not None and store.vocab_size > cfg.model.vocab_size:
-            raise UserError(
-                f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of {store.name} "
-                f"({store.vocab_size} tokens): set model.vocab_size to at least {store.vocab_size}"
-            )
-    _one_tokenizer(cfg, stores)
-    return Sources([path for path, _ in paths], stores, [weight for _, weight in paths])
-
-
-def _one_tokenizer(cfg: Config, stores: list[PackedStore]) -> None:
-    """Token ids must mean the same in every source, and what `data.tokenizer` says they mean."""
-    known = [(store.location, store.tokenizer_hash) for store in stores if store.tokenizer_hash is not None]
-    if cfg.data.tokenizer is not None:
-        known.insert(0, (f"data.tokenizer={cfg.data.tokenizer}", load_tokenizer(cfg.data.tokenizer).hash))
-    for place, digest in known[1:]:
-        if digest != known[0][1]:
-            raise UserError(
-                f"{place} was tokenised with another tokenizer than {known[0][0]} ({digest} against {known[0][1]}); "
-                "prepare the sources with one tokenizer, or set data.tokenizer=null to take the store's own"
-            )
+    def epochs(self, step: int) -> dict[str, float]:
+        """Passes over each source's samples before step `step`."""
+        return self._batches.epochs(step)
 
 
 class ValidationSet:
@@ -148,7 +106,13 @@ class ValidationSet:
         """name: in the metrics, where two stores must not share one."""
         limit = cfg.eval.batches * cfg.train.global_batch_size or None
         self.name = name
-        self._rows = ValidationRows(store, cfg.data.sequence_length, limit, document_mask=cfg.data.document_mask)
+        self._rows = ValidationRows(
+            store,
+            cfg.data.sequence_length,
+            limit,
+            document_mask=cfg.data.document_mask,
+            packing=cfg.eval.packing or cfg.data.packing,
+        )
         self._topology, self._micro, self._global = topology, cfg.train.micro_batch_size, cfg.train.global_batch_size
 
     def __len__(self) -> int:
@@ -169,7 +133,8 @@ class ValidationSet:
 
 
 def open_validation(cfg: Config, topology: Topology, sources: Sources) -> list[ValidationSet]:
-    """Validation sets: the stores of `eval.sources`, else the validation split of every training source.
+    """Validation sets: the stores of `eval.sources`, else the validation split of every training source,
+    replayed ones too.
 
     A store named in `eval.sources` without a validation split is scored on its train split. Training
     sources without one are left out, and it is an error when none is left.
@@ -180,7 +145,8 @@ def open_validation(cfg: Config, topology: Topology, sources: Sources) -> list[V
             for path in cfg.eval.sources
         ]
     else:
-        found = [open_store(path, "validation") for path in sources.paths if "validation" in available_splits(path)]
+        having = [path for path in sources.every_path if "validation" in available_splits(path)]
+        found = [open_store(path, "validation") for path in having]
         if not found and (cfg.eval.every > 0 or cfg.eval.at_end):
             raise UserError(
                 "eval: no training source has a validation split; set eval.sources=[<packed store>], prepare the data "

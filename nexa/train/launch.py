@@ -21,12 +21,13 @@ from nexa.model.kinds import KINDS
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import Topology, connect, disconnect
 from nexa.train import resume
-from nexa.train.data import TrainingData, open_sources, open_validation
+from nexa.train.data import TrainingData, open_validation
 from nexa.train.folder import RunFolder, package_versions
 from nexa.train.hooks import build_hooks
 from nexa.train.hooks.checkpointing import CheckpointHook
 from nexa.train.hooks.console import quantity
 from nexa.train.loop import Trainer
+from nexa.train.sources import data_identity, open_sources
 from nexa.train.state import RunState
 
 logger = logging.getLogger("nexa")
@@ -49,17 +50,6 @@ def _compare_ranks(cfg: Config, topology: Topology) -> None:
         if other != every[0]:
             what = "configuration" if other[0] != every[0][0] else f"versions {other[1]} against {every[0][1]}"
             raise UserError(f"rank {rank} differs from rank 0 in its {what}; start all ranks from one place")
-
-
-def data_identity(cfg: Config, stores: list[PackedStore]) -> dict[str, Any]:
-    """What the order of samples depends on, in JSON."""
-    mixture = cfg.data.source if isinstance(cfg.data.source, list) else []
-    return {
-        "stores": [store.fingerprint for store in stores],
-        "weights": [part.weight for part in mixture],
-        "seed": cfg.train.seed,
-        "sequence_length": cfg.data.sequence_length,
-    }
 
 
 def _tokenizer_files(cfg: Config, store: PackedStore) -> dict[str, Path]:
@@ -112,11 +102,15 @@ def build_trainer(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer
     stores = sources.stores
     data = TrainingData(cfg, topology, sources)
     validation = open_validation(cfg, topology, sources)
-    identity = data_identity(cfg, stores)
+    identity = data_identity(cfg, sources)
     origin = resume.agree(topology, resume.choose(cfg, folder.checkpoints) if topology.is_main else None)
+    if origin is None:
+        data.check()
     engine = Engine(cfg, topology, initial=origin is None)
     state = RunState() if origin is None else resume.restore(engine, cfg, origin, identity)
-    data.continue_from(state.step, state.samples)
+    data.continue_from(state.step, state.samples, resume.stage_starts(origin) if state.samples else ())
+    for line in data.check():
+        logger.info(line)
     exported = config_json(cfg.model, cfg.norm, eos_token_id=stores[0].eod_id)
     files = _tokenizer_files(cfg, stores[0])
     if not files and (stores[0].tokenizer_hash is not None or cfg.data.tokenizer == "bytes"):

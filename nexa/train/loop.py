@@ -206,4 +206,5 @@ class Trainer:
             row["mfu"] = achieved / self._peak_flops
         if self.config.train.precision == "fp16":
             row["skipped"] = self.state.skipped
-        return row | {f"tokens/{name}": count for name, count in self.data.tokens_by_source(self.state.step).items()}
+        row |= {f"tokens/{name}": count for name, count in self.data.tokens_by_source(self.state.step).items()}
+        return row | {f"epochs/{name}": count for name, count in self.data.epochs(self.state.step).items()}

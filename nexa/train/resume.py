@@ -18,6 +18,7 @@ from nexa.interop.huggingface import from_config_json
 from nexa.model.placement import block_plans
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import Topology
+from nexa.train.sources import differing
 from nexa.train.state import RunState
 
 logger = logging.getLogger("nexa")
@@ -123,15 +124,19 @@ def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -
         logger.info("resuming from %s (step %d, %d tokens)", origin.path, old.step, old.tokens)
         for difference in differences(cfg, origin.path, saved.get("optim", {})):
             logger.info("%s; the config's is used", difference)
-    same_data = saved["data"] == data
-    if origin.mode.step and not same_data:
-        changed = ", ".join(
-            f"{key}: {saved['data'].get(key)} -> {data[key]}" for key in data if saved["data"].get(key) != data[key]
-        )
+    changed = differing(saved["data"], data)
+    if origin.mode.step and changed:
         raise UserError(
             f"{origin.path}: the data order changed since this checkpoint ({changed}); restore it, or start a new run "
             "from these weights with resume.mode=new_schedule or weights_only"
         )
     if origin.mode.step:
         return old
-    return RunState(samples=old.samples if origin.mode.data and same_data else 0)
+    if origin.mode.data and changed:
+        logger.info("the data order is another one (%s); it begins at its first sample", changed)
+    return RunState(samples=old.samples if origin.mode.data and not changed else 0)
+
+
+def stage_starts(origin: Origin | None) -> list[int]:
+    """The samples at which the stages of the run that saved a checkpoint began or were to begin."""
+    return [] if origin is None else read_state(origin.path).get("stage_starts", [])

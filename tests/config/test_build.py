@@ -72,7 +72,7 @@ def test_mixture_and_lists():
         ({"eval": {"sources": "store"}}, "eval.sources=store: must be list of texts or null, for example [store]"),
         ({"data": {"source": 5.5}}, "data.source=5.5: must be text"),
         ({"data": {"source": {"path": "a"}}}, "data.source={'path': 'a'}: must be text"),
-        ({"data": {"source": ["a"]}}, "data.source[0]=a: must be a mapping {path, weight, replay}"),
+        ({"data": {"source": ["a"]}}, "data.source[0]=a: must be a mapping {path, weight, replay, max_epochs}"),
         (
             {"data": {"source": [{"path": "a", "wieght": 1}]}},
             "data.source[0].wieght=1: there is no such key; there are",

@@ -97,7 +97,7 @@ def test_command_prints_every_key_with_type_default_and_meaning(capsys: pytest.C
     for key in keys().values():
         assert f" {key.name} = " in printed
         assert f"({type_name(key.type)}) {key.doc}" in printed
-    assert "data.source[].weight = 1.0 (number)" in printed
+    assert "data.source[].weight = 1.0 (number or null)" in printed
     assert "mixln_1b" in printed and "llama_350m" in printed
 
 

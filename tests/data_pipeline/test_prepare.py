@@ -14,6 +14,7 @@ from data_pipeline.sources import ReadOptions
 from data_pipeline.store import open_store, verify_store
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.workers import split_of
+from data_pipeline.writer import StoreWriter
 from nexa.errors import UserError
 from tests.data_pipeline.conftest import make_texts
 
@@ -116,6 +117,28 @@ def test_killed_again_and_again_gives_the_same_store(corpus, texts, tmp_path, st
     assert shares == sorted(shares)
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert content_of(out) == content_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dedup", [None, "near"])
+@pytest.mark.parametrize("call", [1, 2, 7, 8])
+def test_interrupted_inside_a_unit_gives_the_same_store(corpus, tmp_path, monkeypatch, call, dedup):
+    """Ctrl-C between the train and the validation documents of one unit, with all before it saved."""
+    monkeypatch.setattr("data_pipeline.sources.UNIT_BYTES", 3000)
+    options = PrepareOptions(tokenizer="bytes", validation_fraction=0.3, dedup=dedup)
+    prepare([corpus], tmp_path / "whole", options, workers=1)
+    append, calls = StoreWriter.append, itertools.count(1)
+
+    def interrupted(*arguments):
+        append(*arguments)
+        if next(calls) == call:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoreWriter, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], tmp_path / "out", options, workers=1, checkpoint_seconds=0.0)
+    prepare([corpus], tmp_path / "out", options, workers=1)
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
 
 
 def test_no_process_stays_behind_a_killed_one(tmp_path):

@@ -15,8 +15,9 @@ from nexa.config.build import from_mapping
 from nexa.interop.huggingface import config_json
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import connect, disconnect
-from nexa.train.data import TrainingData, open_sources
+from nexa.train.data import TrainingData
 from nexa.train.resume import MODES, Origin, restore
+from nexa.train.sources import open_sources
 from nexa.train.state import RunState
 from tests.dist.worker import serve, whole_tensors
 

@@ -79,6 +79,8 @@ def test_run_folder_and_metrics(unbroken: Path) -> None:
     keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "memory_gib"}
     source = {key for key in table[0] if key.startswith("tokens/")}
     assert len(source) == 1
+    epochs = [row["epochs/" + next(iter(source)).removeprefix("tokens/")] for row in table]
+    assert epochs == pytest.approx([row["step"] * epochs[0] for row in table]) and 0 < epochs[0] < 1
     for row in table:
         assert keys <= row.keys()
         assert "mfu" not in row, "the CPU's peak is unknown"

@@ -44,6 +44,7 @@ class CheckpointHook(Hook):
             "data": self._data,
             "optim": {"lr": trainer.config.optim.lr},
             "total_steps": trainer.total_steps,
+            "stage_starts": trainer.data.stage_starts,
             "tokens_by_source": trainer.data.tokens_by_source(trainer.state.step),
         }
         self._writer.save(trainer.state.step, trainer.engine.fragments(), state, self._model_config, self._files)
