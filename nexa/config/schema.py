@@ -275,7 +275,9 @@ class OptimConfig:
 class ScheduleConfig:
     """Learning rate over steps: a pure function of the step."""
 
-    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "infinite", "cyclic", "piecewise"] = "cosine"
+    name: Literal[
+        "constant", "linear", "cosine", "wsd", "inverse_sqrt", "infinite", "cyclic", "piecewise", "refined"
+    ] = "cosine"
     """Shape after warm-up."""
     warmup_steps: int = 0
     """Steps of linear warm-up; step s < warmup_steps has lr * (s + 1) / warmup_steps."""
@@ -295,12 +297,15 @@ class ScheduleConfig:
     """`cyclic`: steps at which the rate warms up again, in `warmup_steps` from the floor to the peak, and then falls
     as a cosine until the next of them or the end."""
     point_steps: list[int] = field(default_factory=list)
-    """`piecewise`: steps at which the rate is given; what comes before the first has its rate, after the last the
+    """`piecewise`, `refined`: steps at which the rate is given; what comes before the first has its rate, after the last the
     last one's. Warm-up comes before."""
     point_ratios: list[float] = field(default_factory=list)
-    """`piecewise`: the rates at these steps over the peak."""
+    """`piecewise`, `refined`: the rates at these steps over the peak."""
+    refine_from: str | None = None
+    """`refined`: folder of the finished run from whose gradient norms the points are made; the run's own config.yaml
+    then has the points, and null here. They are stretched from that run's length to this one's."""
     interpolation: Literal["step", "linear", "exponential"] = "linear"
-    """`piecewise`: between two points: the first one's rate, a straight line, or a straight line of the logarithm."""
+    """`piecewise`, `refined`: between two points: the first one's rate, a straight line, or a straight line of the logarithm."""
 
 
 @dataclass

@@ -27,6 +27,7 @@ from nexa.train.hooks import build_hooks
 from nexa.train.hooks.checkpointing import CheckpointHook
 from nexa.train.hooks.console import quantity
 from nexa.train.loop import Trainer
+from nexa.train.refine import with_points
 from nexa.train.sources import data_identity, open_sources
 from nexa.train.state import RunState
 
@@ -139,6 +140,7 @@ def run(cfg: Config) -> int:
     """
     topology = connect(cfg)
     _log_to_stdout(topology.is_main)
+    cfg = with_points(cfg)
     _compare_ranks(cfg, topology)
     folder = RunFolder(cfg)
     if topology.is_main:

@@ -110,6 +110,28 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
         "schedule.restart_steps=[1000000000]: the",
     ),
     ({"schedule__name": "piecewise"}, None, "schedule.name=piecewise needs increasing steps and as many rates"),
+    ({"schedule__name": "refined"}, None, "schedule.refine_from=null: schedule.name=refined needs the folder of"),
+    ({"schedule__refine_from": "runs/old"}, None, "schedule.refine_from=runs/old: only schedule.name=refined reads"),
+    (
+        {
+            "schedule__name": "refined",
+            "schedule__refine_from": "runs/old",
+            "schedule__point_steps": [0, 9],
+            "schedule__point_ratios": [1, 0],
+        },
+        None,
+        "schedule.refine_from=runs/old: schedule.point_steps has points already",
+    ),
+    (
+        {"schedule__name": "refined", "schedule__refine_from": "runs/old", "schedule__warmup_steps": 5},
+        None,
+        "schedule.warmup_steps=5: schedule.name=refined has the warm-up that the",
+    ),
+    (
+        {"schedule__name": "refined", "schedule__point_steps": [0, 9], "schedule__point_ratios": [1]},
+        None,
+        "schedule.name=refined needs increasing steps",
+    ),
     (
         {"schedule__name": "piecewise", "schedule__point_steps": [0, 9, 9], "schedule__point_ratios": [1, 1, 0.5]},
         None,
