@@ -193,7 +193,18 @@ class DataConfig:
     """Tokens in."""
 
     source: str | list[MixtureSource] = "embedded"
-    """`embedded` (text every Python installation carries), a packed store, or a list of {path, weight, replay}."""
+    """`embedded` (text every Python installation carries), a packed store, a list of {path, weight, replay}, or `hf:NAME`,
+    a data set of the Hugging Face hub (or `hf:PATH`, a folder) that is tokenised while it is read."""
+    hf_config: str | None = None
+    """`hf:`: configuration of the data set; null is its only or default one."""
+    hf_split: str = "train"
+    """`hf:`: split that is read."""
+    hf_revision: str | None = None
+    """`hf:`: branch, tag or commit at the hub; null is the newest. With a commit the data stays the same."""
+    text_key: str = "text"
+    """`hf:`: column that holds the text."""
+    shuffle_buffer: int = 0
+    """`hf:`: documents that are read at once and permuted; 0 keeps the order of the data set."""
     temperature: float = 1.0
     """Sources whose weight is null have weights size^(1/temperature): 1 is in proportion to size, more is more even."""
     stages: list[MixtureStage] = field(default_factory=list)
