@@ -37,8 +37,8 @@ class _Held:
 class StreamBatches:
     """Global batches of a stream, one after the other; each holds the rows of all ranks.
 
-    Row i of step s is row g = first_sample + s * global_batch_size + i of the stream: its tokens [g T, g T + T], as in a
-    store that is read in order, packed in chunks. World size does not enter: every rank reads the whole stream.
+    Row i of step s is row g = first_sample + s * global_batch_size + i of the stream: its tokens [g T, g T + T], as in
+    a store that is read in order, packed in chunks. World size does not enter: every rank reads the whole stream.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class StreamBatches:
             f", goes on at row {self._first + self._next * self._batch}" if self._places[self._next] != Place() else ""
         )
         return [
-            f"streaming {self._stream.location}{begun}: a resume is approximate, exact only while data set and reader stay "
-            "the same; every rank reads and tokenises all of it. A packed store (nexa data prepare) has neither limit"
+            f"streaming {self._stream.location}{begun}: a resume is approximate, exact only while data set and reader "
+            "stay the same; every rank reads and tokenises all of it. A packed store (nexa data prepare) needs neither"
         ]
 
     def position(self, step: int) -> dict[str, Any]:

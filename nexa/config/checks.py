@@ -140,14 +140,14 @@ def _refined_from(cfg: Config, world_size: int | None) -> Iterator[str]:
     given, origin = bool(schedule.point_steps or schedule.point_ratios), schedule.refine_from
     if schedule.name != "refined":
         if origin is not None:
-            yield f"schedule.refine_from={shorten(origin)}: only schedule.name=refined reads it; set one or the other"
+            yield f"schedule.refine_from={shorten(origin)}: only schedule.name=refined reads it; set that, or null here"
     elif origin is not None and given:
         yield (
-            f"schedule.refine_from={shorten(origin)}: schedule.point_steps has points already, as in the config.yaml of "
-            "a refined run; keep them with schedule.refine_from=null, or set schedule.point_steps=[] "
+            f"schedule.refine_from={shorten(origin)}: schedule.point_steps has points already, as in the config.yaml "
+            "of a refined run; keep them with schedule.refine_from=null, or set schedule.point_steps=[] "
             "schedule.point_ratios=[]"
         )
-    elif origin is None and not given or origin is not None and not origin.strip():
+    elif not given and not (origin or "").strip():
         yield f"schedule.refine_from={shorten(origin)}: schedule.name=refined needs the folder of a finished run"
 
 

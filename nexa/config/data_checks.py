@@ -43,8 +43,8 @@ def _mixture(key: str, sources: list[MixtureSource]) -> Iterator[str]:
             yield f"{place}.path='': give the packed store of this source"
         elif part.path.startswith(STREAM):
             yield (
-                f"{place}.path={part.path}: only data.source={part.path} alone is streamed; for a mixture make a packed "
-                f"store with nexa data prepare {part.path}"
+                f"{place}.path={part.path}: only data.source={part.path} alone is streamed; for a mixture make a "
+                f"packed store with nexa data prepare {part.path}"
             )
         if part.weight is not None and part.weight <= 0:
             yield f"{place}.weight={part.weight}: must be greater than 0; leave the source out instead"
@@ -117,7 +117,7 @@ def _streams(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"data.packing={data.packing}: data.source={data.source} is packed end to end; set chunk, or {prepare}"
     for key, value in (("stages", data.stages), ("replay_from", data.replay_from)):
         if value:
-            yield f"data.{key}={shorten(value)}: not together with a stream such as data.source={data.source}; {prepare}"
+            yield f"data.{key}={shorten(value)}: not together with the stream data.source={data.source}; {prepare}"
 
 
 @_reads("data.source", "data.shuffle_buffer", "data.hf_config", "data.hf_revision")
@@ -126,4 +126,4 @@ def _only_streams(cfg: Config, world_size: int | None) -> Iterator[str]:
         return
     for key in ("shuffle_buffer", "hf_config", "hf_revision"):
         if value := getattr(cfg.data, key):
-            yield f"data.{key}={value}: only data.source=hf:NAME reads it; remove it, or stream with data.source=hf:NAME"
+            yield f"data.{key}={value}: only data.source=hf:NAME reads it; give such a source, or remove this key"

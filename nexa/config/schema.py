@@ -193,8 +193,8 @@ class DataConfig:
     """Tokens in."""
 
     source: str | list[MixtureSource] = "embedded"
-    """`embedded` (text every Python installation carries), a packed store, a list of {path, weight, replay}, or `hf:NAME`,
-    a data set of the Hugging Face hub (or `hf:PATH`, a folder) that is tokenised while it is read."""
+    """`embedded` (text every Python installation carries), a packed store, a list of {path, weight, replay}, or
+    `hf:NAME`, a data set of the Hugging Face hub (or `hf:PATH`, a folder) that is tokenised while it is read."""
     hf_config: str | None = None
     """`hf:`: configuration of the data set; null is its only or default one."""
     hf_split: str = "train"
@@ -308,15 +308,16 @@ class ScheduleConfig:
     """`cyclic`: steps at which the rate warms up again, in `warmup_steps` from the floor to the peak, and then falls
     as a cosine until the next of them or the end."""
     point_steps: list[int] = field(default_factory=list)
-    """`piecewise`, `refined`: steps at which the rate is given; what comes before the first has its rate, after the last the
-    last one's. Warm-up comes before."""
+    """`piecewise`, `refined`: steps at which the rate is given; what comes before the first has its rate, after the
+    last the last one's. Warm-up comes before."""
     point_ratios: list[float] = field(default_factory=list)
     """`piecewise`, `refined`: the rates at these steps over the peak."""
     refine_from: str | None = None
     """`refined`: folder of the finished run from whose gradient norms the points are made; the run's own config.yaml
     then has the points, and null here. They are stretched from that run's length to this one's."""
     interpolation: Literal["step", "linear", "exponential"] = "linear"
-    """`piecewise`, `refined`: between two points: the first one's rate, a straight line, or a straight line of the logarithm."""
+    """`piecewise`, `refined`: between two points: the first one's rate, a straight line, or a straight line of the
+    logarithm."""
 
 
 @dataclass

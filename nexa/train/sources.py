@@ -66,8 +66,8 @@ class Replayed:
 def open_sources(cfg: Config, topology: Topology) -> Sources:
     """Training stores, with those of the run replayed, or the stream; an embedded corpus is built on first use.
 
-    Raises UserError for a store or stream that cannot be read, a vocabulary larger than the model's, tokenizers that differ,
-    and a run that cannot be replayed.
+    Raises UserError for a store or stream that cannot be read, a vocabulary larger than the model's, tokenizers that
+    differ, and a run that cannot be replayed.
     """
     sources = _open(cfg, topology, frozenset({Path(cfg.run.dir).resolve()}))
     stores = _with_replayed(sources)

@@ -179,7 +179,7 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     (
         {"data__source": "hf:x", "data__stages": [{"at_tokens": 9, "source": [{"path": "a"}]}]},
         None,
-        "not together with a stream such as data.source=hf:x",
+        "not together with the stream data.source=hf:x",
     ),
     ({"data__source": "hf:x", "data__replay_from": "runs/old", "data__replay": 0.1}, None, "data.replay_from=runs/old"),
     ({"data__source": [{"path": "hf:x"}]}, None, "data.source[0].path=hf:x: only data.source=hf:x alone is streamed"),
