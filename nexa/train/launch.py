@@ -60,7 +60,7 @@ def _tokenizer_files(cfg: Config, store: PackedStore | HubStream) -> dict[str, P
     if file is None and cfg.data.tokenizer not in {None, "bytes"}:
         given = Path(str(cfg.data.tokenizer))
         file = given / "tokenizer.json" if given.is_dir() else given
-    if file is None:
+    if file is None or not file.is_file():  # a store of bytes, named as the tokenizer, has none
         return {}
     beside = file.with_name("tokenizer_config.json")
     return {"tokenizer.json": file} | ({beside.name: beside} if beside.exists() else {})
