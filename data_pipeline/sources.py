@@ -146,7 +146,7 @@ def _file_source(path: Path) -> Source:
 
 def _hf_source(name: str, options: ReadOptions) -> Source:
     data, row_count = _load_hf(name, options), 0  # how many rows a stream has is not known
-    known = [name, options.hf_config, options.hf_split, options.hf_revision]
+    known: list[object] = [name, options.hf_config, options.hf_split, options.hf_revision]
     if options.hf_streaming:
         known.append("streaming")
     else:
