@@ -384,15 +384,6 @@ def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-@_reads("resume.mode", "schedule.warmup_steps")
-def _branch(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if cfg.resume.mode == "branch" and cfg.schedule.warmup_steps:
-        yield (
-            f"schedule.warmup_steps={cfg.schedule.warmup_steps}: resume.mode=branch goes on at the rate of the run it "
-            "leaves; set schedule.warmup_steps=0, or resume.mode=new_schedule"
-        )
-
-
 @_reads("checkpoint.every", "checkpoint.permanent_every")
 def _permanent(cfg: Config, world_size: int | None) -> Iterator[str]:
     every, permanent = cfg.checkpoint.every, cfg.checkpoint.permanent_every
