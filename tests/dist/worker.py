@@ -55,7 +55,7 @@ def run(job: dict) -> dict:
         for index in range(engine.accumulation):
             first = (index * topology.data_size + topology.data_rank) * micro
             window = slice(first, first + micro)
-            total += engine.forward_backward({"input_ids": rows[window, :-1], "labels": labels[window]}, scored)
+            total += engine.forward_backward({"input_ids": rows[window, :-1], "labels": labels[window]}, scored).sum()
         dist.all_reduce(total, group=topology.data_group)
         losses.append(total.item() / scored)
         result = engine.step(job["lr"], measure=step == job["steps"] - 1)
