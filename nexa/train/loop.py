@@ -30,7 +30,7 @@ logger = logging.getLogger("nexa")
 
 @dataclass(frozen=True)
 class StepReport:
-    """rows: summed loss of each of this rank's rows [A, b], still on the device; tokens [A, b]: how many were scored."""
+    """rows: summed loss of each of this rank's rows [A, b], still on the device; tokens: scored ones of each [A, b]."""
 
     rows: Tensor
     tokens: Tensor

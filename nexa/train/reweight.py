@@ -35,8 +35,8 @@ def row_means(sums: Tensor, tokens: Tensor) -> Tensor:
 def weights(sums: Tensor, tokens: Tensor, cfg: ReweightConfig) -> Tensor:
     """Weights [B], in fp64 and of sum 1, of all rows of a global batch; a row without scored tokens has 0.
 
-    sums, tokens [B]: summed loss and scored tokens of each row; one must have a scored token. Where all losses are equal
-    all weights are. Nothing waits for the device.
+    sums, tokens [B]: summed loss and scored tokens of each row; one must have a scored token. Where all losses are
+    equal all weights are. Nothing waits for the device.
     """
     means, empty = row_means(sums, tokens), tokens == 0
     least = means.masked_fill(empty, torch.inf).amin()

@@ -12,8 +12,10 @@ from nexa.parallel.topology import Topology
 
 
 def gather_rows(losses: Tensor, tokens: Tensor, topology: Topology) -> Tensor:
-    """Summed loss and scored tokens of the b rows of each of this rank's A micro-batches, [A, b] both -> [2, A D b] of
-    all rows of the global batch in the order of `TrainingData`, D data-parallel ranks; where the losses are. Collective.
+    """Summed loss and scored tokens of the b rows of each of this rank's A micro-batches, [A, b] both -> [2, A D b], of
+    all rows of the global batch in the order of `TrainingData` with D data-parallel ranks, where the losses are.
+
+    Collective.
     """
     mine = torch.stack((losses.float(), tokens.to(losses.device, non_blocking=True)))
     every = mine.new_empty(topology.data_size * len(mine), *mine.shape[1:])
