@@ -12,7 +12,7 @@ from tests.dist.grid import parallel
 
 IGNORED = 0.85
 """Share of targets not scored: of rows with 12 targets now and then one has none."""
-REWEIGHT = {"strategy": "quadratic", "apply": True, "temperature": 0.1, "delta": 0.7}
+REWEIGHT = {"strategy": "quadratic", "apply": True, "temperature": 1.0, "delta": 0.7}
 
 
 def objective(losses: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def objective(losses: torch.Tensor) -> torch.Tensor:
     rows = [row[~row.isnan()].mean() for row in losses if not row.isnan().all()]
     values = np.array([row.item() for row in rows])
     h = 2 * 0.7 * values / np.ptp(values) - 0.7 * (values.max() + values.min()) / np.ptp(values)
-    weights = np.exp((1 - h**2 / 0.7**2) / 0.1)
+    weights = np.exp(1 - h**2 / 0.7**2)
     weights /= weights.sum()
     return sum(float(w) * row for w, row in zip(weights, rows, strict=True))
 

@@ -58,10 +58,10 @@ def run(job: dict) -> dict:
         batches = [{"input_ids": rows[window, :-1], "labels": labels[window]} for window in windows]
         factors = [None] * len(batches)
         if cfg.reweight.apply:
-            counts = torch.stack([(batch["labels"] >= 0).sum(1).float() for batch in batches])
+            counts = torch.stack([(each["labels"] >= 0).sum(1).float() for each in batches])
             factors = row_factors(engine, batches, counts, cfg.reweight)
-        for batch, factor in zip(batches, factors, strict=True):
-            total += engine.forward_backward(batch, scored, factor).sum()
+        for micro_batch, factor in zip(batches, factors, strict=True):
+            total += engine.forward_backward(micro_batch, scored, factor).sum()
         dist.all_reduce(total, group=topology.data_group)
         losses.append(total.item() / scored)
         result = engine.step(job["lr"], measure=step == job["steps"] - 1)
