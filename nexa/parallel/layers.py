@@ -81,7 +81,7 @@ class VocabularyHead(Head):
 
 def vocabulary_kernel(
     logits: Tensor, labels: Tensor, weights: Tensor, words: Features, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`nexa.model.loss.nll_and_gradient` of logits [N, rows] of this rank's words and labels [N] of all words.
 
     The losses are the whole ones, on every rank; the gradient is that of this rank's logits, 0 for padding.
@@ -100,7 +100,7 @@ def vocabulary_kernel(
     dist.all_reduce(sums, group=group)
     losses = (sums[0].log() - sums[1]) * scored
     gradient = exponential.div_(sums[0][:, None]).scatter_add_(-1, target, -here[:, None].to(wide.dtype))
-    return losses, gradient.mul_((weights * scored)[:, None]).to(logits.dtype)
+    return torch.dot(losses, weights), losses, gradient.mul_((weights * scored)[:, None]).to(logits.dtype)
 
 
 class NativeLayers(Layers):

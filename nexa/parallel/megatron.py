@@ -64,7 +64,7 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def megatron_kernel(logits: Tensor, labels: Tensor, weights: Tensor, words: Features) -> tuple[Tensor, Tensor]:
+def megatron_kernel(logits: Tensor, labels: Tensor, weights: Tensor, words: Features) -> tuple[Tensor, Tensor, Tensor]:
     """megatron-core's cross-entropy as a kernel of `nexa.model.loss`: logits [N, rows], labels [N] of all words."""
     _, tensor_parallel, _ = _import_megatron()
     scored = labels != IGNORED
@@ -75,8 +75,9 @@ def megatron_kernel(logits: Tensor, labels: Tensor, weights: Tensor, words: Feat
         # a copy: the function works in its argument's memory
         losses = tensor_parallel.vocab_parallel_cross_entropy(wide.clone()[:, None], labels.clamp_min(0)[:, None])
         losses = losses[:, 0] * scored
-        (gradient,) = torch.autograd.grad(torch.dot(losses, weights), wide)
-    return losses.detach(), gradient.to(logits.dtype)
+        total = torch.dot(losses, weights)
+        (gradient,) = torch.autograd.grad(total, wide)
+    return total.detach(), losses.detach(), gradient.to(logits.dtype)
 
 
 class MegatronLayers(NativeLayers):

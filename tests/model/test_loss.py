@@ -112,8 +112,11 @@ def test_the_fusible_kernel_computes_the_same(compiled: bool, dtype: torch.dtype
     labels[[0, 7, 20]] = IGNORED
     kernel = compiled_kernel() if compiled else fusible_nll_and_gradient
     weights = torch.rand(21, dtype=torch.promote_types(dtype, torch.float32))
-    (losses, gradient), (other_losses, other) = (each(logits, labels, weights) for each in (kernel, nll_and_gradient))
+    (total, losses, gradient), (_, other_losses, other) = (
+        each(logits, labels, weights) for each in (kernel, nll_and_gradient)
+    )
     assert gradient.dtype == other.dtype == dtype
+    torch.testing.assert_close(total, (other_losses * weights).sum())
     torch.testing.assert_close(losses, other_losses, rtol=1e-5, atol=1e-6)
     # one rounding to the logits' dtype may fall on either side
     torch.testing.assert_close(
