@@ -37,6 +37,7 @@ MODES = {
     "auto": Mode(moments=True, step=True, data=True),
     "continue": Mode(moments=True, step=True, data=True),
     "new_schedule": Mode(moments=True, step=False, data=True),
+    "branch": Mode(moments=True, step=False, data=True),
     "weights_only": Mode(moments=False, step=False, data=False),
 }
 
@@ -138,6 +139,8 @@ def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -
     return RunState(samples=old.samples if origin.mode.data and not changed else 0)
 
 
-def stage_starts(origin: Origin | None) -> list[int]:
-    """The samples at which the stages of the run that saved a checkpoint began or were to begin."""
-    return [] if origin is None else read_state(origin.path).get("stage_starts", [])
+def data_state(origin: Origin) -> tuple[list[int], dict[str, Any] | None]:
+    """The samples at which the stages of the run that saved a checkpoint began or were to begin, and the place in its
+    stream."""
+    saved = read_state(origin.path)
+    return saved.get("stage_starts", []), saved.get("stream")
