@@ -116,9 +116,9 @@ def nexa_engine(device: torch.device) -> Step:
     engine = Engine(cfg, connect(cfg))
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:
-        total = engine.forward_backward({"input_ids": ids, "labels": labels}, float(labels.numel()))
+        rows = engine.forward_backward({"input_ids": ids, "labels": labels}, float(labels.numel()))
         engine.step(LR)
-        return total / labels.numel()
+        return rows.sum() / labels.numel()
 
     return step
 

@@ -1,4 +1,4 @@
-"""Rules of where tokens come from: sources, stages, replay."""
+"""Rules of where tokens come from: sources, stages, replay; and of how samples count."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from nexa.config.fields import shorten
+from nexa.config.norm_checks import RUNNING
 from nexa.config.rules import Check, reads
 from nexa.config.schema import Config, MixtureSource
 
@@ -97,6 +98,22 @@ def _replay(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield (
             f"data.replay_from={shorten(origin)}: this run's own folder; give the run replayed, or this one another "
             "run.name"
+        )
+
+
+@_reads("reweight.apply", "reweight.strategy", "norm.kind")
+def _reweight(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if not cfg.reweight.apply:
+        return
+    if cfg.reweight.strategy == "none":
+        yield (
+            "reweight.apply=true: reweight.strategy=none has no weights to apply; set reweight.strategy=linear_upper, "
+            "quadratic or extremes, or reweight.apply=false"
+        )
+    if cfg.norm.kind in RUNNING:
+        yield (
+            f"reweight.apply=true: the pass that scores samples uses the running statistics of norm.kind="
+            f"{cfg.norm.kind}, whose loss is not that of training; set reweight.apply=false or another norm.kind"
         )
 
 

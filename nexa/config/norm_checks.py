@@ -70,9 +70,9 @@ BHYT_PLACEMENTS = ("pre", "lns")
 @_reads("norm.kind", "norm.pre_affine")
 def _pre_affine(cfg: Config, world_size: int | None) -> Iterator[str]:
     kind = cfg.norm.kind
-    if cfg.norm.pre_affine and kind in (*WITHOUT_STATISTICS, *_RUNNING, "bhyt"):
+    if cfg.norm.pre_affine and kind in (*WITHOUT_STATISTICS, *RUNNING, "bhyt"):
         why = "knows the variance of the stream, not of this" if kind == "bhyt" else "takes no statistics over features"
-        why = "is about statistics over tokens" if kind in _RUNNING else why
+        why = "is about statistics over tokens" if kind in RUNNING else why
         yield f"norm.pre_affine=true: norm.kind={kind} {why}; set norm.pre_affine=false"
 
 
@@ -137,18 +137,18 @@ def _branch_scale(cfg: Config, world_size: int | None) -> Iterator[str]:
         )
 
 
-_RUNNING = ("powernorm", "unifiednorm")
+RUNNING = ("powernorm", "unifiednorm")
 """Kinds with running statistics."""
 
 
 @_reads("norm.kind", "norm.warmup_steps", "train.activation_checkpointing", "train.precision")
 def _running_norm(cfg: Config, world_size: int | None) -> Iterator[str]:
     norm, recompute = cfg.norm, cfg.train.activation_checkpointing
-    if norm.kind not in _RUNNING:
+    if norm.kind not in RUNNING:
         if norm.warmup_steps is not None:
             yield (
                 f"norm.warmup_steps={norm.warmup_steps}: norm.kind={norm.kind} has no running statistics to warm up; "
-                f"set norm.warmup_steps=null, or norm.kind={' or '.join(_RUNNING)}"
+                f"set norm.warmup_steps=null, or norm.kind={' or '.join(RUNNING)}"
             )
         return
     if recompute != "none":

@@ -262,6 +262,23 @@ class TrainConfig:
 
 
 @dataclass
+class ReweightConfig:
+    """Weights of samples by their loss (Sow et al. 2025, arXiv 2502.06733)."""
+
+    strategy: Literal["none", "linear_upper", "quadratic", "extremes"] = "none"
+    """Which losses of a global batch count more: linear_upper all but the low ones, quadratic middling ones, extremes
+    both ends."""
+    apply: bool = False
+    """Train on the weighted loss, at the cost of a forward pass; false only logs what the weights would be."""
+    temperature: float = 1.0
+    """r of softmax(score / r): the greater, the more equal the weights."""
+    delta: float = 1.0
+    """Losses of a step are mapped to [-delta, delta] before they are scored."""
+    warmup_steps: int = 0
+    """First steps, which train on the plain loss."""
+
+
+@dataclass
 class OptimConfig:
     """The optimizer."""
 
@@ -441,6 +458,7 @@ class Config:
     norm: NormConfig = field(default_factory=NormConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    reweight: ReweightConfig = field(default_factory=ReweightConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,13 +128,21 @@ class Decoder(nn.Module):
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V]; with labels [B, T] (-100: not scored) the summed cross-entropy, a scalar.
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        row_weights: Tensor | None = None,
+    ) -> Any:
+        """Logits [B, T, V]; with labels [B, T] (-100: not scored) the summed cross-entropy, a scalar; with
+        row_weights [B] beside them (sum of weight x cross-entropy of the row, a scalar; cross-entropy of each row [B],
+        without the weights and without a gradient).
 
         Raises nothing for long sequences: rotary positions have no end; the config check compares
         data.sequence_length with model.max_position_embeddings.
         """
-        result: Tensor = self.lm_head(self.model(input_ids, document_ids), labels)
+        result = self.lm_head(self.model(input_ids, document_ids), labels, row_weights)
         return result if labels is not None else result.view(*input_ids.shape, -1)
 
     def compile_parts(self) -> None:

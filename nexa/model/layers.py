@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 class Head(nn.Linear):
-    """Output head; with labels it returns the summed cross-entropy without making the full logits.
+    """Output head; with labels it returns the cross-entropy without making the full logits.
 
     The loss is computed inside the module's forward so that ZeRO-3 has the weight gathered.
     """
@@ -108,12 +109,15 @@ class Head(nn.Linear):
         """What hidden states are multiplied by, [V, d]."""
         return unit_rows(self.weight) if self.fixnorm else self.weight
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """hidden [..., d] -> logits [..., V], or with labels [...] the summed loss, scalar."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, row_weights: Tensor | None = None) -> Any:
+        """hidden [..., d] -> logits [..., V]; with labels [..., T] the summed loss, scalar; with row_weights [...] too
+        (the weighted sum, which is differentiated; the summed loss of each row [...], which is not)."""
         if labels is None:
             return F.linear(hidden, self.matrix, self.bias)
         flat = hidden.reshape(-1, hidden.shape[-1]), self.matrix, labels.flatten()
-        return linear_cross_entropy(*flat, self.chunk_tokens, self.kernel, self.bias)
+        weights = None if row_weights is None else row_weights[..., None].expand(labels.shape).flatten()
+        total, losses = linear_cross_entropy(*flat, self.chunk_tokens, self.kernel, self.bias, weights)
+        return total if row_weights is None else (total, losses.view(labels.shape).sum(-1))
 
     def compile_kernel(self) -> None:
         """Use the compiled kernel of the loss from now on."""

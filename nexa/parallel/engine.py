@@ -130,20 +130,23 @@ class Engine:
             dist.all_reduce(owned, group=self.topology.data_group)
         assert int(owned) == whole, f"DeepSpeed's layout changed: ranks own {int(owned)} of {whole} elements"
 
-    def forward_backward(self, batch: dict[str, Tensor], scored_tokens: Tensor | float) -> Tensor:
-        """One micro-batch: add its share of the gradient of the mean loss.
+    def forward_backward(
+        self, batch: dict[str, Tensor], scored_tokens: Tensor | float, row_weights: Tensor | None = None
+    ) -> Tensor:
+        """One micro-batch of b rows: add its share of the gradient of the mean loss.
 
         batch: arguments of `Decoder.forward` with labels, on `device`. scored_tokens: of the whole global
-        batch. Returns the summed loss of this micro-batch, detached, on the device.
+        batch. row_weights [b]: what each row's losses are multiplied by in the gradient; null is 1. Returns the summed
+        loss of each row [b], without the weights, detached, on the device.
         """
-        total = self._engine(**batch)
+        total, rows = self._engine(**batch, row_weights=_ones(batch) if row_weights is None else row_weights)
         # DeepSpeed averages over data-parallel ranks and divides by the accumulation: undo both, so that the
         # gradient is that of (sum of losses) / (scored tokens) whatever the layout.
         share = total * (self.topology.data_size * self.accumulation / scored_tokens)
         self._engine.backward(share)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
-        return total.detach()
+        return rows
 
     def step(self, lr: float, measure: bool = False) -> StepResult:
         """Clip and update with learning rate `lr`; with `measure` also take every parameter's norms (collective).
@@ -194,12 +197,17 @@ class Engine:
         return norm
 
     @torch.no_grad()
-    def total_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Summed loss of a batch without gradients."""
+    def row_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed loss of each row [b] of a batch without gradients, in evaluation mode."""
         self.module.eval()
-        total = self.module(**batch)
+        _, rows = self.module(**batch, row_weights=_ones(batch))
         self.module.train()
-        return total
+        assert isinstance(rows, Tensor)
+        return rows
+
+    def total_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed loss of a batch without gradients, in evaluation mode."""
+        return self.row_losses(batch).sum()
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every parameter and statistic, by checkpoint name."""
@@ -240,6 +248,12 @@ class Engine:
                 old = optimizer.state[owned.holder][key]
                 optimizer.state[owned.holder][key] = torch.full_like(old, value) if torch.is_tensor(old) else value
         private.publish_master_weights(self._engine)
+
+
+def _ones(batch: dict[str, Tensor]) -> Tensor:
+    """The weights of rows that all count as they are, [b]."""
+    labels = batch["labels"]
+    return torch.ones(len(labels), device=labels.device)
 
 
 def _fresh_state(holder: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,11 +65,11 @@ class VocabularyHead(Head):
     words: Features
     group: dist.ProcessGroup
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Residual stream -> logits [..., V] of all words, or with labels [...] the summed loss."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, row_weights: Tensor | None = None) -> Any:
+        """Residual stream -> logits [..., V] of all words, or with labels the loss of all tokens, as `Head`."""
         hidden = self.enter(hidden)
         if labels is not None:
-            return super().forward(hidden, labels)
+            return super().forward(hidden, labels, row_weights)
         shares = F.linear(hidden, self.matrix, self.bias)
         every = [torch.empty_like(shares) for _ in range(self.group.size())]
         dist.all_gather(every, shares.contiguous(), group=self.group)
@@ -79,11 +80,11 @@ class VocabularyHead(Head):
 
 
 def vocabulary_kernel(
-    logits: Tensor, labels: Tensor, words: Features, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, labels: Tensor, weights: Tensor, words: Features, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
     """`nexa.model.loss.nll_and_gradient` of logits [N, rows] of this rank's words and labels [N] of all words.
 
-    The loss is the whole one, on every rank; the gradient is that of this rank's logits, 0 for padding.
+    The losses are the whole ones, on every rank; the gradient is that of this rank's logits, 0 for padding.
     """
     scored = labels != IGNORED
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -97,9 +98,9 @@ def vocabulary_kernel(
     exponential = wide.exp_()
     sums = torch.stack((exponential.sum(-1), picked))
     dist.all_reduce(sums, group=group)
-    nll = ((sums[0].log() - sums[1]) * scored).sum()
+    losses = (sums[0].log() - sums[1]) * scored
     gradient = exponential.div_(sums[0][:, None]).scatter_add_(-1, target, -here[:, None].to(wide.dtype))
-    return nll, gradient.mul_(scored[:, None]).to(logits.dtype)
+    return torch.dot(losses, weights), losses, gradient.mul_((weights * scored)[:, None]).to(logits.dtype)
 
 
 class NativeLayers(Layers):

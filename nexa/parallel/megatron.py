@@ -64,7 +64,7 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def megatron_kernel(logits: Tensor, labels: Tensor, words: Features) -> tuple[Tensor, Tensor]:
+def megatron_kernel(logits: Tensor, labels: Tensor, weights: Tensor, words: Features) -> tuple[Tensor, Tensor, Tensor]:
     """megatron-core's cross-entropy as a kernel of `nexa.model.loss`: logits [N, rows], labels [N] of all words."""
     _, tensor_parallel, _ = _import_megatron()
     scored = labels != IGNORED
@@ -74,9 +74,10 @@ def megatron_kernel(logits: Tensor, labels: Tensor, words: Features) -> tuple[Te
         wide.requires_grad_()
         # a copy: the function works in its argument's memory
         losses = tensor_parallel.vocab_parallel_cross_entropy(wide.clone()[:, None], labels.clamp_min(0)[:, None])
-        nll = (losses[:, 0] * scored).sum()
-        (gradient,) = torch.autograd.grad(nll, wide)
-    return nll.detach(), gradient.to(logits.dtype)
+        losses = losses[:, 0] * scored
+        total = torch.dot(losses, weights)
+        (gradient,) = torch.autograd.grad(total, wide)
+    return total.detach(), losses.detach(), gradient.to(logits.dtype)
 
 
 class MegatronLayers(NativeLayers):

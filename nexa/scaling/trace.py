@@ -305,4 +305,4 @@ def _logits(model: ModelConfig, rows: Tensor, chunk: int) -> Cost:
         head = Head(model.hidden_size, model.vocab_size, bias=model.input_bias).to(rows.dtype)
         head.fixnorm = model.fixnorm and model.tie_word_embeddings
         labels = torch.empty(len(rows), dtype=torch.int64)
-    return trace(head, lambda x: linear_cross_entropy(x, head.matrix, labels, chunk, bias=head.bias), rows, [labels])
+    return trace(head, lambda x: linear_cross_entropy(x, head.matrix, labels, chunk, bias=head.bias)[0], rows, [labels])

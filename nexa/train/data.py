@@ -26,6 +26,8 @@ class StepData:
     """This rank's share of one global batch, on the host."""
 
     micro_batches: list[TensorBatch]
+    row_tokens: Tensor
+    """Scored tokens of each row, float32 [micro-batches, rows of one]."""
 
 
 def to_tensors(batch: Batch, pin: bool = False) -> TensorBatch:
@@ -100,16 +102,20 @@ class TrainingData:
             first = (index * size + rank) * self._micro
             rows = self._batches.rows(step, first, first + self._micro)
             micro_batches.append(to_tensors(rows, self._pin))
-        return StepData(micro_batches)
+        row_tokens = torch.stack([(batch["labels"] >= 0).sum(1) for batch in micro_batches]).float()
+        return StepData(micro_batches, row_tokens.pin_memory() if self._pin else row_tokens)
 
     def scored_tokens(self, data: StepData, device: torch.device) -> Tensor | float:
         """Target tokens of the global batch that count in the loss; a sum over ranks only where they vary."""
         if self._constant is not None:
             return float(self._constant)
-        local = sum(int((batch["labels"] >= 0).sum()) for batch in data.micro_batches)
-        count = torch.tensor(float(local), device=device)
+        count = data.row_tokens.sum().to(device)
         dist.all_reduce(count, group=self._topology.data_group)
         return count
+
+    def row_sources(self, step: int) -> list[str] | None:
+        """The name of the source of every row of step `step`, over all ranks; None when there is one source only."""
+        return [name for name, _ in self.sample_ids(step)] if len(self.tokens_by_source(step)) > 1 else None
 
     def position(self, step: int) -> dict[str, Any] | None:
         """What a resume at step `step` needs beside the number of samples, in JSON: a stream's place."""

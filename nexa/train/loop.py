@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.loader import Prefetcher
@@ -19,8 +18,10 @@ from nexa.hardware import memory_gib
 from nexa.optim import learning_rate
 from nexa.parallel.engine import Engine, NonFiniteGradient, StepResult
 from nexa.parallel.norms import summarise
-from nexa.train.data import StepData, TrainingData
+from nexa.train import reweight
+from nexa.train.data import StepData, TensorBatch, TrainingData
 from nexa.train.hook import Hook, Row
+from nexa.train.rows import gather_rows, losses_by_source
 from nexa.train.state import RunState
 from nexa.train.stop import StopFlag
 
@@ -29,10 +30,10 @@ logger = logging.getLogger("nexa")
 
 @dataclass(frozen=True)
 class StepReport:
-    """loss: sum over this rank's tokens and scored: tokens of the global batch, both still on the device."""
+    """rows: summed loss of each of this rank's rows [A, b], still on the device; tokens: scored ones of each [A, b]."""
 
-    loss: Tensor
-    scored: Tensor | float
+    rows: Tensor
+    tokens: Tensor
     lr: float
     result: StepResult
 
@@ -137,10 +138,14 @@ class Trainer:
     def train_step(self, step_data: StepData) -> StepReport:
         """One optimizer update from this rank's micro-batches of the step; the state moves on by one."""
         scored = self.data.scored_tokens(step_data, self.engine.device)
-        loss = torch.zeros((), device=self.engine.device)
-        for batch in step_data.micro_batches:
-            moved = {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()}
-            loss += self.engine.forward_backward(moved, scored)
+        batches = [self._moved(batch) for batch in step_data.micro_batches]
+        factors: Sequence[Tensor | None] = [None] * len(batches)
+        weighting = self.config.reweight
+        if weighting.apply and self.state.step >= weighting.warmup_steps:
+            factors = list(reweight.row_factors(self.engine, batches, step_data.row_tokens, weighting))
+        losses = [
+            self.engine.forward_backward(batch, scored, each) for batch, each in zip(batches, factors, strict=True)
+        ]
         lr = learning_rate(self.state.step, self.config.optim.lr, self.total_steps, self.config.schedule)
         try:
             result = self.engine.step(lr, measure=_due(self.state.step + 1, self.config.log.norms_every))
@@ -150,7 +155,10 @@ class Trainer:
         self.state.samples += self.config.train.global_batch_size
         self.state.tokens += self.config.train.global_batch_size * self.config.data.sequence_length
         self.state.skipped += int(result.skipped)
-        return StepReport(loss, scored, lr, result)
+        return StepReport(torch.stack(losses), step_data.row_tokens, lr, result)
+
+    def _moved(self, batch: TensorBatch) -> TensorBatch:
+        return {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()}
 
     def _non_finite(self) -> UserError:
         step = self.state.step
@@ -182,20 +190,17 @@ class Trainer:
     def _row(self, report: StepReport) -> Row:
         """The one place of a step that waits for the device."""
         norm = torch.as_tensor(report.result.grad_norm, dtype=torch.float32, device=self.engine.device)
-        scored = torch.as_tensor(report.scored, dtype=torch.float32, device=self.engine.device)
-        numbers = torch.stack([report.loss.float(), norm, scored])
-        summed = numbers[:1].clone()
-        dist.all_reduce(summed, group=self.topology.data_group)
-        loss, grad_norm, count = torch.cat([summed, numbers[1:]]).tolist()
+        numbers = torch.cat((norm.view(1), gather_rows(report.rows, report.tokens, self.topology).flatten())).cpu()
+        sums, tokens = numbers[1:].double().view(2, -1)
         seconds, laps = self.clock.lap() / self._laps, self._laps
         self._laps = 0
         assert laps > 0
         per_step = self.config.train.global_batch_size * self.config.data.sequence_length
         row: Row = {
             "step": self.state.step,
-            "loss": loss / count,
+            "loss": float(sums.sum() / tokens.sum()),
             "lr": report.lr,
-            "grad_norm": grad_norm,
+            "grad_norm": float(numbers[0]),
             "tokens": self.state.tokens,
             "tokens_per_second": per_step / seconds,
             "step_seconds": seconds,
@@ -206,5 +211,9 @@ class Trainer:
             row["mfu"] = achieved / self._peak_flops
         if self.config.train.precision == "fp16":
             row["skipped"] = self.state.skipped
+        if (names := self.data.row_sources(self.state.step - 1)) is not None:
+            row |= {f"loss/{name}": loss for name, loss in losses_by_source(names, sums, tokens).items()}
+        if self.config.reweight.strategy != "none":
+            row |= reweight.report(sums, tokens, self.config.reweight)
         row |= {f"tokens/{name}": count for name, count in self.data.tokens_by_source(self.state.step).items()}
         return row | {f"epochs/{name}": count for name, count in self.data.epochs(self.state.step).items()}

@@ -34,6 +34,12 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
         None,
         "diagnose.batches=9: more than the validation set of eval.batches=8 global batches; set diagnose.batches=8",
     ),
+    ({"reweight__apply": True}, None, "reweight.apply=true: reweight.strategy=none has no weights to apply; set rew"),
+    (
+        {"reweight__apply": True, "reweight__strategy": "extremes", "norm__kind": "powernorm"},
+        None,
+        "reweight.apply=true: the pass that scores samples uses the running statistics of norm.kind=powernorm",
+    ),
     ({"train__steps": None}, None, "train.steps=null, train.tokens=null: nothing says how long to train"),
     ({"train__tokens": 1e6}, None, "train.steps=100, train.tokens=1000000: both say how long"),
     ({"train__stop_at": 101}, None, "train.stop_at=101: after the last of 100 steps"),

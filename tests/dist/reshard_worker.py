@@ -39,7 +39,7 @@ def run(job: dict) -> dict:
         step_data = data.fetch(step)
         scored = data.scored_tokens(step_data, engine.device)
         for batch in step_data.micro_batches:
-            total += engine.forward_backward(batch, scored)
+            total += engine.forward_backward(batch, scored).sum()
         dist.all_reduce(total, group=topology.data_group)
         losses.append(total.item() / float(scored))
         norms.append(float(engine.step(job["lr"]).grad_norm))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from nexa.config.build import from_mapping
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import connect, disconnect
+from nexa.train.reweight import row_factors
 
 
 def whole_tensors(engine: Engine, state: str = "weight") -> tuple[dict[str, torch.Tensor], float]:
@@ -52,10 +53,15 @@ def run(job: dict) -> dict:
         labels[torch.rand(labels.shape, generator=generator) < job["ignore"]] = -100
         scored = int((labels >= 0).sum())
         total = torch.zeros(())
-        for index in range(engine.accumulation):
-            first = (index * topology.data_size + topology.data_rank) * micro
-            window = slice(first, first + micro)
-            total += engine.forward_backward({"input_ids": rows[window, :-1], "labels": labels[window]}, scored)
+        firsts = [(i * topology.data_size + topology.data_rank) * micro for i in range(engine.accumulation)]
+        windows = [slice(first, first + micro) for first in firsts]
+        batches = [{"input_ids": rows[window, :-1], "labels": labels[window]} for window in windows]
+        factors = [None] * len(batches)
+        if cfg.reweight.apply:
+            counts = torch.stack([(each["labels"] >= 0).sum(1).float() for each in batches])
+            factors = row_factors(engine, batches, counts, cfg.reweight)
+        for micro_batch, factor in zip(batches, factors, strict=True):
+            total += engine.forward_backward(micro_batch, scored, factor).sum()
         dist.all_reduce(total, group=topology.data_group)
         losses.append(total.item() / scored)
         result = engine.step(job["lr"], measure=step == job["steps"] - 1)

@@ -85,6 +85,7 @@ def test_run_folder_and_metrics(unbroken: Path) -> None:
     for row in table:
         assert keys <= row.keys()
         assert "mfu" not in row, "the CPU's peak is unknown"
+        assert not [key for key in row if key.startswith(("loss/", "reweight/"))], "one source, no weights"
         assert row["tokens"] == row["step"] * 8 * 32 == row[next(iter(source))]
     assert table[0]["loss"] == pytest.approx(math.log(300), rel=0.02)
     assert table[-1]["loss"] < table[0]["loss"]

@@ -290,6 +290,14 @@ def test_a_run_on_replay_and_its_resume(stores: Path, tmp_path: Path) -> None:
     counts = [(row["tokens/a"] // T, row["tokens/replay_old"] // T, row["tokens/replay_older"] // T) for row in table]
     assert counts == [(6, 2, 0), (12, 4, 0), (18, 6, 0), (24, 8, 0), (27, 9, 0), (30, 10, 0), (33, 11, 0), (36, 12, 0)]
     assert table[-1]["epochs/a"] == 36 / 20
+    before = (0, 0, 0)
+    for row, now in zip(table, counts, strict=True):
+        taken = {name: b - a for name, a, b in zip(("a", "replay_old", "replay_older"), before, now, strict=True)}
+        by_source = {key.removeprefix("loss/"): row[key] for key in row if key.startswith("loss/")}
+        assert by_source.keys() == {name for name, count in taken.items() if count}
+        mean = sum(taken[name] * loss for name, loss in by_source.items()) / sum(taken.values())
+        assert mean == pytest.approx(row["loss"], rel=1e-6)
+        before = now
     assert {"val/a/loss", "val/old/loss"} <= table[-1].keys()
     refused = train(tmp_path, tmp_path / "next", *own, "data.replay=0.5", "train.steps=9", code=2)
     assert "the data order changed since this checkpoint (replay:" in refused.stderr
