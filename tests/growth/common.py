@@ -42,12 +42,12 @@ def weights_of(decoder: Decoder) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in tensors_of(decoder)}
 
 
-def grown_tensors(decoder: Decoder, moments: dict[str, torch.Tensor] | None = None, **growth):
-    """(Target, {key: tensor}) of a decoder that grows; `moments` as in a file."""
+def grown_tensors(decoder: Decoder, saved: dict[str, torch.Tensor] | None = None, /, **growth):
+    """(Target, {key: tensor}) of a decoder that grows; `saved`: optimizer state as in a file."""
     target: Target = plan(decoder.config, decoder.norm_config, Growth(**growth))
-    made = Grown(target, Memory(weights_of(decoder)), Memory(moments or {}))
+    made = Grown(target, Memory(weights_of(decoder)), Memory(saved or {}))
     keys = dict.fromkeys(made.shapes)
-    states = {key.split("/")[0] for key in moments or {}}
+    states = {key.split("/")[0] for key in saved or {}}
     keys |= {f"{state}/{name}": None for state in states for name in made.shapes}
     result = {
         key: torch.cat(list(made.chunks(key, torch.float32))).view(made.shapes[key.rpartition("/")[2]]) for key in keys

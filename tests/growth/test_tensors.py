@@ -109,11 +109,10 @@ def scales(norm, layers: int) -> list[tuple[float, float, float]]:
 @pytest.mark.parametrize(
     ("norm", "at", "new"),
     [
-        ({"placement": "lns"}, 0, lambda l: 1 / math.sqrt(l + 1)),
-        ({"placement": "hybrid_star", "depth_scaling": True}, None, None),
-        ({"placement": "peri", "depth_scaling": True}, 0, lambda l: 1 / math.sqrt(l + 1)),
-        ({"placement": "deepnorm"}, 1, lambda l: 16**0.25),
-        ({"branch_scale": "fixed"}, 2, lambda l: 16**-0.5),
+        ({"placement": "lns"}, 0, lambda index: 1 / math.sqrt(index + 1)),
+        ({"placement": "peri", "depth_scaling": True}, 0, lambda index: 1 / math.sqrt(index + 1)),
+        ({"placement": "deepnorm"}, 1, lambda index: 16**0.25),
+        ({"branch_scale": "fixed"}, 2, lambda index: 16**-0.5),
     ],
 )
 def test_fixed_scales(norm, at, new):
@@ -122,8 +121,6 @@ def test_fixed_scales(norm, at, new):
     for operator, order in (("stack", [0, 1, 2, 3] * 2), ("interleave", [0, 0, 1, 1, 2, 2, 3, 3])):
         kept = plan(decoder.config, decoder.norm_config, Growth(operator, 2, fixed_scales="keep"))
         again = plan(decoder.config, decoder.norm_config, Growth(operator, 2))
-        if at is None:
-            continue
         assert scales(kept.norm, 8) == [was[source] for source in order]
         assert [one[at] for one in scales(again.norm, 8)] == pytest.approx([new(index) for index in range(8)])
         # grown again, kept numbers go along, and recomputed ones do not remember them
@@ -233,7 +230,7 @@ def test_scaled_moments_of_duplicated_units_are_what_gradients_become(norm, mode
             parameter.copy_(tensors[name])
     for name, gradient in gradients(grown.eval()).items():
         found = tensors[f"exp_avg/{name}"]
-        assert (found - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-6, name
+        assert (found - gradient).abs().max() <= 1e-3 * gradient.abs().max() + 1e-6, name
 
 
 def test_what_the_source_lacks_is_drawn_as_in_a_new_model():
@@ -284,8 +281,8 @@ def test_bad_requests(growth, message):
 
 
 def test_every_combination_grows_or_is_refused():
-    """No placement and kind ends in another exception, whatever the operator."""
-    count = 0
+    """No placement and kind ends in another exception, and what does not keep the function refuses nothing."""
+    refused, count = [], 0
     for placement in PLACEMENTS:
         for kind in ("rmsnorm", "crmsnorm", "scalenorm"):
             if not allowed(placement=placement, kind=kind):
@@ -294,12 +291,12 @@ def test_every_combination_grows_or_is_refused():
             for name, row in OPERATORS.items():
                 growth = {"factor": 2} if row.order else {"intermediate_size": 88, "hidden_size": 64}
                 try:
-                    target, tensors = grown_tensors(decoder, operator=name, **growth)
-                except UserError as error:
-                    assert row.preserves and (
-                        "normalises" in str(error) or "counts" in str(error) or "keep" in str(error)
-                    )
+                    _, tensors = grown_tensors(decoder, operator=name, **growth)
+                except UserError:
+                    refused.append((placement, kind, name))
                     continue
                 assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
                 count += 1
     assert count > 100
+    assert {name for _, _, name in refused} == {"zero", "widen"}
+    assert {kind for _, kind, name in refused if name == "widen"} == {"crmsnorm"}
