@@ -339,7 +339,7 @@ def _two_betas(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"optim.betas={cfg.optim.betas}: must be two numbers, for example [0.9, 0.95]"
 
 
-@_reads("resume.mode", "resume.path")
+@_reads("resume.mode", "resume.path", "resume.reset_optimizer")
 def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
     mode, path = cfg.resume.mode, cfg.resume.path
     if mode in ("continue", "weights_only", "new_schedule") and not path:
@@ -348,6 +348,12 @@ def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield (
             f"resume.path={shorten(path)}: resume.mode={mode} does not read it; "
             "set resume.mode=continue, weights_only or new_schedule, or resume.path=null"
+        )
+    if cfg.resume.reset_optimizer and mode != "new_schedule":
+        yield (
+            f"resume.reset_optimizer=true: resume.mode={mode} "
+            + ("resets it anyway" if mode == "weights_only" else "keeps the optimizer's state")
+            + "; set resume.mode=new_schedule, or resume.reset_optimizer=false"
         )
 
 

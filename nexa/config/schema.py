@@ -350,6 +350,8 @@ class ResumeConfig:
     none: start afresh, refused when the run directory already has checkpoints."""
     path: str | None = None
     """A checkpoint directory, or a run directory for its newest checkpoint."""
+    reset_optimizer: bool = False
+    """With new_schedule: the optimizer's moments start at zero, as between the data sets of Ibrahim et al. 2024."""
 
 
 @dataclass

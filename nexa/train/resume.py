@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def choose(cfg: Config, checkpoints: Path) -> Origin | None:
     if mode in {"none", "auto"}:
         return None
     assert cfg.resume.path is not None
-    return Origin(find(cfg.resume.path), MODES[mode])
+    taken = MODES[mode]
+    return Origin(find(cfg.resume.path), replace(taken, moments=False) if cfg.resume.reset_optimizer else taken)
 
 
 def agree(topology: Topology, origin: Origin | None) -> Origin | None:

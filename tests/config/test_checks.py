@@ -192,6 +192,12 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({"optim__betas": [0.9, 1.0]}, None, "optim.betas=[0.9, 1.0]: every number must be in [0, 1)"),
     ({"resume__mode": "continue"}, None, "resume.path=null: resume.mode=continue needs a checkpoint"),
     ({"resume__mode": "new_schedule"}, None, "resume.mode=new_schedule needs a checkpoint"),
+    (
+        {"resume__mode": "weights_only", "resume__path": "runs/a", "resume__reset_optimizer": True},
+        None,
+        "resume.reset_optimizer=true: resume.mode=weights_only resets it anyway; set resume.mode=new_schedule",
+    ),
+    ({"resume__reset_optimizer": True}, None, "resume.mode=auto keeps the optimizer's state"),
     ({"resume__path": "runs/a"}, None, "resume.path=runs/a: resume.mode=auto does not read it"),
     ({"checkpoint__permanent_every": 700}, None, "not a multiple of checkpoint.every=500"),
     ({"checkpoint__every": 0, "checkpoint__permanent_every": 10}, None, "no checkpoints are written"),
