@@ -125,8 +125,8 @@ def _write(
             write_index(written, folder)
         records |= written.files
         homes |= written.homes
-    states = {name: {state: homes[file_key(state, name)] for state in states} for name, states in tensors.items()}
-    return records, states, total
+    found = {name: {state: homes[file_key(state, name)] for state in states} for name, states in tensors.items()}
+    return records, found, total
 
 
 def _state(state: dict[str, Any], growth: Growth, made: Grown) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _grown_norm(norm: NormConfig, growth: Growth, layers: int, sources: list[int
 
 def _grown_model(model: ModelConfig, growth: Growth, layers: int) -> ModelConfig:
     """Head size, which rotation and the scale of attention depend on, stays; so does the number of queries per key."""
-    widths = growth.widths
+    widths: Values = dict(growth.widths)
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
     if "num_attention_heads" in widths and "num_key_value_heads" not in widths:
         widths["num_key_value_heads"] = kv_heads * widths["num_attention_heads"] // heads
