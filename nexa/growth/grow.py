@@ -94,7 +94,7 @@ def grow(checkpoint: str | Path, destination: str | Path, growth: Growth, *, not
             ours = config_json(target.model, target.norm, eos_token_id=config.get("eos_token_id"))
             ours |= {key: config[key] for key in ("bos_token_id", "nexa_tokenizer") if key in config}
             records[catalog.CONFIG] = files.write_json(aside / catalog.CONFIG, ours)
-            ours_state = _state(state, growth, made)
+            ours_state = _state(state, growth, made, tensors)
             origin = _origin(source, manifest["step"], target)
             seal(aside, records, made.shapes, states, manifest["step"], ours_state, origin=origin)
     counts = parameter_count(model, norm), parameter_count(target.model, target.norm)
@@ -129,15 +129,14 @@ def _write(
     return records, found, total
 
 
-def _state(state: dict[str, Any], growth: Growth, made: Grown) -> dict[str, Any]:
+def _state(state: dict[str, Any], growth: Growth, made: Grown, tensors: dict[str, list[str]]) -> dict[str, Any]:
     """The source's: its step, samples and tokens say where data goes on. Scalars of the optimizer go with the
     parameters; one that the source does not have counts as many steps as the others, because ZeRO keeps one number for
     many parameters."""
     old: dict[str, dict[str, float]] = state.get("scalars", {})
-    scalars = {}
-    if growth.moments != "reset":
-        common = next(iter(old.values()), {})
-        scalars = {name: old.get(made.recipe(name).source or "", common) for name in made.shapes}
+    common = next(iter(old.values()), {})
+    with_moments = [name for name, states in tensors.items() if len(states) > 1]
+    scalars = {name: old.get(made.recipe(name).source or "", common) for name in with_moments}
     return state | {"scalars": scalars, "moments": growth.moments}
 
 

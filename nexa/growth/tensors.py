@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexa.checkpoint.fragment import WEIGHT
 from nexa.errors import UserError
@@ -108,6 +108,8 @@ class Grown:
         source = self.recipe(name).source
         if source is not None:
             return [state for state in stored[source]["states"] if state != WEIGHT]
+        if not isinstance(self._new[name], nn.Parameter):
+            return []  # a statistic
         alike = (one["states"] for one in stored.values() if len(one["shape"]) == len(self.shapes[name]))
         return next(([state for state in states if state != WEIGHT] for states in alike if len(states) > 1), [])
 
@@ -168,11 +170,12 @@ class Grown:
         if (found := site_and_part(name)) is not None and found[1] in _GAINS and found[0].endswith("_norm.output"):
             return _side(new, short).output_gain / _side(old, short).output_gain
         if short in {"attn_scale", "mlp_scale"}:
-            return _side(new, short).branch_scale / (_side(old, short).branch_scale or 1.0)
+            now, then = _side(new, short).branch_scale, _side(old, short).branch_scale
+            return now / then if then else 1.0  # SkipInit that starts at 0 does so at any depth
         before = replace(target.model, num_hidden_layers=target.old_model.num_hidden_layers)
-        now = initial_std(name, self.shapes[name], target.model, target.norm)
-        then = initial_std(f"model.layers.{block}.{short}", self.shapes[name], before, target.old_norm)
-        return now / then if now and then else 1.0
+        std = initial_std(name, self.shapes[name], target.model, target.norm)
+        old_std = initial_std(f"model.layers.{block}.{short}", self.shapes[name], before, target.old_norm)
+        return std / old_std if std and old_std else 1.0
 
     def _fresh(self, name: str) -> Tensor:
         """Initial values."""
@@ -195,12 +198,10 @@ class Grown:
             high = min(height, low + step)
             picked = torch.arange(low, high) if rows is None else rows.index[low:high]
             block = _gather(folder, key, picked, old[-1])
-            if columns is not None:
-                block = block[:, columns.index]
-            for dim, spread, part in ((recipe.rows, rows, slice(low, high)), (recipe.columns, columns, slice(None))):
-                if dim is not None and spread is not None:
-                    by = _division(dim, spread, state, power)[part]
-                    block = block * (by[:, None] if dim is recipe.rows else by)
+            if columns is not None and recipe.columns is not None:
+                block = block[:, columns.index] * _division(recipe.columns, columns.counts, state, power)
+            if rows is not None and recipe.rows is not None:
+                block = block * _division(recipe.rows, rows.counts[low:high], state, power)[:, None]
             block = block if factor == 1.0 else block * factor
             yield block if noise is None else noise(block)
 
@@ -241,12 +242,12 @@ class _Noise:
         return drawn if self.columns is None else drawn / self.columns.counts
 
 
-def _division(dim: Dim, spread: Spread, state: str, power: int) -> Tensor:
-    """What a dimension [n'] multiplies: weights that read are divided by the copies of what they read, and the gradient
-    of everything else is shared by its copies."""
+def _division(dim: Dim, counts: Tensor, state: str, power: int) -> Tensor:
+    """What a dimension whose units have `counts` copies [n'] multiplies: weights that read are divided by the copies of
+    what they read, and the gradient of everything else is shared by its copies."""
     if not state:
-        return 1 / spread.counts if dim.reads or dim.gradient else torch.ones_like(spread.counts)
-    return torch.ones_like(spread.counts) if dim.reads else spread.counts**-power
+        return 1 / counts if dim.reads or dim.gradient else torch.ones_like(counts)
+    return torch.ones_like(counts) if dim.reads else counts**-power
 
 
 def _gather(folder: WeightFolder, key: str, picked: Tensor, width: int) -> Tensor:

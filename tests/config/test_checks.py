@@ -127,8 +127,16 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ),
     ({"norm__depth_scaling": True, "norm__placement": "post"}, None, "norm.placement=post has none; set norm.depth_s"),
     ({"norm__depth_numbers": [1] * 12}, None, "norm.placement=pre without norm.depth_scaling scales nothing by"),
-    ({"norm__depth_numbers": [1, 2], "norm__placement": "lns"}, None, "2 numbers for model.num_hidden_layers=12 blocks"),
-    ({"norm__depth_numbers": [0], "norm__placement": "lns"}, None, "norm.depth_numbers=[0]: every number must be at le"),
+    (
+        {"norm__depth_numbers": [1, 2], "norm__placement": "lns"},
+        None,
+        "2 numbers for model.num_hidden_layers=12 blocks",
+    ),
+    (
+        {"norm__depth_numbers": [0], "norm__placement": "lns"},
+        None,
+        "norm.depth_numbers=[0]: every number must be at le",
+    ),
     ({"norm__branch_scale": "fixed", "norm__branch_scale_value": 0.0}, None, "takes every sublayer out for good"),
     ({"norm__branch_scale_value": 0.5}, None, "norm.branch_scale_value=0.5: norm.branch_scale=none has no such factor"),
     ({"norm__warmup_steps": 5}, None, "norm.warmup_steps=5: norm.kind=rmsnorm has no running statistics to warm up"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import nexa
 from nexa.checkpoint import catalog
 from nexa.checkpoint.load import read_manifest, read_state, verify
+from nexa.config import compose
 from nexa.errors import UserError
 from nexa.growth.grow import grow
 from nexa.growth.operators import Growth
@@ -59,11 +61,23 @@ def test_a_grown_checkpoint_grows(tmp_path):
     decoder = random_model({"placement": "lns"})
     write_trained(decoder, tmp_path / "run" / "checkpoints")
     first = grow(tmp_path / "run", tmp_path / "two", Growth("stack", 2, fixed_scales="keep", moments="copy"))
+    cfg = compose([word for word in first.overrides() if not word.startswith("resume.")])
+    assert replace(cfg.model, initializer=first.model.initializer) == first.model and cfg.norm == first.norm
     second = grow(first.path, tmp_path / "four", Growth("stack", 2, fixed_scales="keep", moments="copy"))
     assert second.norm.depth_numbers == [1, 2, 3, 4] * 4
     direct = grow(tmp_path / "run", tmp_path / "direct", Growth("stack", 4, fixed_scales="keep", moments="copy"))
     one, other = everything(second.path), everything(direct.path)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_statistics_have_no_moments(tmp_path):
+    """Where a norm with running statistics is new, too."""
+    write_trained(random_model({"placement": "mix", "kind": "powernorm"}), tmp_path / "run" / "checkpoints")
+    done = grow(tmp_path / "run", tmp_path / "new", Growth("stack", 2, moments="copy"))
+    parameters = {name for name, _ in nexa.load_model(done.path).named_parameters()}
+    stored = read_manifest(done.path)["parameters"]
+    assert {name for name, one in stored.items() if len(one["states"]) == 3} == parameters
+    assert parameters < stored.keys() and read_state(done.path)["scalars"].keys() == parameters
 
 
 def test_the_command(tmp_path, capsys):

@@ -151,6 +151,7 @@ def test_values_that_were_given_stay():
         ({"placement": "dssn"}, {}, "input_layernorm.weight", 1.0),
         ({"placement": "peri"}, {}, "mlp_norm.output.weight", 1.0),
         ({"branch_scale": "skip_init"}, {}, "attn_scale", 0.5),
+        ({"branch_scale": "skip_init", "branch_scale_value": 0.0}, {}, "attn_scale", 1.0),
     ],
 )
 def test_trained_scales(norm, model, name, ratio):
