@@ -143,6 +143,8 @@ def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -
     return RunState(samples=old.samples if origin.mode.data and not changed else 0)
 
 
-def stage_starts(origin: Origin | None) -> list[int]:
-    """The samples at which the stages of the run that saved a checkpoint began or were to begin."""
-    return [] if origin is None else read_state(origin.path).get("stage_starts", [])
+def data_state(origin: Origin) -> tuple[list[int], dict[str, Any] | None]:
+    """The samples at which the stages of the run that saved a checkpoint began or were to begin, and the place in its
+    stream."""
+    saved = read_state(origin.path)
+    return saved.get("stage_starts", []), saved.get("stream")

@@ -151,8 +151,11 @@ def test_shrinking_from_the_command_line():
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_group_option_composes_and_validates(option: str):
-    given = ["data.source=store"] if option == "data=packed" else []
-    config = compose(["+exp=quickstart", option, *given])
+    given = {
+        "data=packed": ["data.source=store"],
+        "schedule=refined": ["schedule.refine_from=runs/old", "schedule.warmup_steps=0"],
+    }
+    config = compose(["+exp=quickstart", option, *given.get(option, [])])
     assert check(config, 1) == []
 
 
