@@ -34,7 +34,7 @@ def changed(decoder, grown) -> None:
 
 
 @pytest.mark.parametrize("placement", sorted(set(PLACEMENTS) - FORBIDDEN))
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "dyt", "seednorm", "gatednorm", "powernorm"])
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "seednorm"])
 def test_depth(placement, kind):
     if not allowed(placement=placement, kind=kind):
         pytest.skip("these do not go together")
@@ -109,11 +109,10 @@ WIDTH_CASES = [({"placement": placement}, {}) for placement in sorted(PLACEMENTS
 
 
 @pytest.mark.parametrize(("norm", "model"), WIDTH_CASES)
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_width(norm, model, noise):
-    """With noise, which cancels over the copies of a unit."""
+def test_width(norm, model):
+    """With much noise, which cancels over the copies of a unit."""
     decoder = random_model(norm, **model)
-    same(decoder, grown_model(decoder, operator="widen", noise=noise, **WIDER))
+    same(decoder, grown_model(decoder, operator="widen", noise=0.3, **WIDER))
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert growth < 60e6, f"{growth / 1e6:.0f} MB"
 
 
-@pytest.mark.parametrize("moments", ["reset", pytest.param("scale", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", ["reset", "scale"])
 def test_a_run_goes_on(tmp_path, embedded_cache, moments):
     """With a schedule of its own, and at the next sample of the data."""
     train(embedded_cache, tmp_path / "small", "train.stop_at=4")

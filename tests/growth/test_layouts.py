@@ -45,25 +45,26 @@ def check(folder: Path, store: Path, source: Cell, targets: list[Cell]) -> None:
             assert torch.equal(tensor, small[old]), key
             copied += 1
     assert len(large) - copied == 3 * (2 + 2) and {key.split("/")[0] for key in large} >= {"exp_avg", "exp_avg_sq"}
+    fresh = grow(checkpoint(saved), folder / "fresh", Growth("stack", factor=2))
     jobs = []
-    for number, cell in enumerate(targets):
+    for number, (cell, grown) in enumerate([*((cell, done.path) for cell in targets), (targets[0], fresh.path)]):
         again = job(folder, cell, store, steps=0, micro=1, load=None, save=folder / f"again{number}")
-        jobs.append(deeper(again, done.path))
         further = job(folder, cell, store, steps=2, micro=1, load=None, save=None)
-        jobs.append(deeper(further, done.path) | {"moments": str(folder / f"further{number}.safetensors")})
+        jobs += [deeper(one, grown) | {"moments": str(folder / f"{len(jobs)}.safetensors")} for one in (again, further)]
     results = start(folder, jobs, [])
     for number, cell in enumerate(targets):
         found = everything(checkpoint(folder / f"again{number}"))
         assert found.keys() == large.keys()
         assert all(torch.equal(found[key], large[key]) for key in large), cell
-    losses = [result["losses"] for result in results[1::2]]
-    assert all(one == pytest.approx(losses[0], rel=1e-5) for one in losses)
-    assert all(len(one) == 2 for one in losses)
+    *losses, anew = [result["losses"] for result in results[1::2]]
+    assert all(len(one) == 2 and one == pytest.approx(losses[0], rel=1e-5) for one in losses)
+    # without moments the same model takes another step
+    assert anew[0] == losses[0][0] and anew[1] != pytest.approx(losses[0][1], rel=1e-5)
+    found = everything(checkpoint(folder / f"again{len(targets)}"))
+    assert all(not tensor.any() for key, tensor in found.items() if key.startswith("exp_avg"))
     samples = [result["samples"] for result in results[1::2]]
-    # block 0 mod 4 of the first run took BEFORE steps of 12: these are the next
-    assert all(one == samples[0] for one in samples) and not set(map(tuple, samples[0][0])) & {
-        tuple(one) for step in run["samples"] for one in step
-    }
+    read = {tuple(one) for step in run["samples"] for one in step}
+    assert all(one == samples[0] for one in samples) and not {tuple(one) for one in samples[0][0]} & read
     assert read_manifest(done.path)["origin"]["step"] == BEFORE
 
 
