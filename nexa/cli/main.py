@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "nexa.cli.export",
     "import": "nexa.cli.import_",
     "convert": "nexa.cli.convert",
+    "grow": "nexa.cli.grow",
 }
 """Command -> its module, which has `add_parser(subparsers)` and sets `handler(arguments) -> exit code`."""
 

@@ -57,6 +57,7 @@ LIMITS: dict[str, Limit] = {
     "norm.mix_alpha": _SHARE,
     "norm.mix_post_layers": _NONNEGATIVE,
     "norm.deepnorm_alpha": _POSITIVE,
+    "norm.depth_numbers": _COUNT,
     "norm.branch_scale_value": _NONNEGATIVE,
     "norm.removal.start": _COUNT,
     "norm.removal.every": _COUNT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from nexa.config.fields import shorten
 from nexa.config.rules import Check, multiples, reads
 from nexa.config.schema import Config
 
@@ -120,6 +121,21 @@ def _depth_scaling(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield (
             f"norm.depth_scaling=true: scales what input norms give, and norm.placement={cfg.norm.placement} has none; "
             f"set norm.depth_scaling=false, or a placement among {', '.join(INPUT_NORMS)}"
+        )
+
+
+@_reads("norm.placement", "norm.depth_scaling", "norm.depth_numbers", "model.num_hidden_layers")
+def _depth_numbers(cfg: Config, world_size: int | None) -> Iterator[str]:
+    numbers, layers = cfg.norm.depth_numbers, cfg.model.num_hidden_layers
+    if numbers is not None and cfg.norm.placement != "lns" and not cfg.norm.depth_scaling:
+        yield (
+            f"norm.depth_numbers={shorten(numbers)}: norm.placement={cfg.norm.placement} without norm.depth_scaling "
+            "scales nothing by the number of a block; set it to null"
+        )
+    elif numbers is not None and len(numbers) != layers:
+        yield (
+            f"norm.depth_numbers={shorten(numbers)}: {len(numbers)} numbers for model.num_hidden_layers={layers} "
+            "blocks; give one for each, or null"
         )
 
 

@@ -153,6 +153,8 @@ class NormConfig:
     depth_scaling: bool = False
     """Multiply what every input norm gives by 1/sqrt(l) in block l, counted from 1: `lns`, which always has it,
     combined with another placement."""
+    depth_numbers: list[int] | None = None
+    """`lns` and `depth_scaling`: the number l of each block in 1/sqrt(l), as growth may keep it; null counts from 1."""
     branch_scale: Literal["none", "fixed", "skip_init", "layer_scale"] = "none"
     """Factor on each sublayer's result: fixed 1/sqrt(2L), or learned, one number (SkipInit) or d (LayerScale)."""
     branch_scale_value: float | None = None

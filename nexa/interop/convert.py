@@ -39,7 +39,7 @@ _RULED = {
     "head_dim max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings input_bias initializer "
     "initializer_range initializer_shape attention",
     "norm": "placement kind eps gate_rank warmup_steps mix_alpha mix_post_layers qk embedding final deepnorm_alpha "
-    "depth_scaling removal",
+    "depth_scaling depth_numbers removal",
 }
 """Keys that the rules here take into account, or that say nothing about the models they let pass."""
 CENTRED = 1e-5

@@ -42,12 +42,17 @@ class Imported:
 
     def overrides(self) -> list[str]:
         """Arguments of train.py that make the same model and start from these weights."""
-        sizes = dataclasses.asdict(self.model)
-        norms, default = dataclasses.asdict(self.norm), dataclasses.asdict(NormConfig())
-        words = {"resume.mode": "weights_only", "resume.path": self.path}
-        words |= {f"model.{key}": one for key, one in sizes.items() if one is not None and key not in _NOT_SIZES}
-        words |= {f"norm.{key}": one for key, one in norms.items() if key == "placement" or one != default[key]}
-        return [f"{key}={str(one).lower() if isinstance(one, bool) else one}" for key, one in words.items()]
+        return overrides(self.path, self.model, self.norm, "weights_only")
+
+
+def overrides(path: Path, model: ModelConfig, norm: NormConfig, mode: str) -> list[str]:
+    """Arguments of train.py that make a model and start from a checkpoint of it, as `resume.mode` says."""
+    sizes = dataclasses.asdict(model)
+    norms, default = dataclasses.asdict(norm), dataclasses.asdict(NormConfig())
+    words = {"resume.mode": mode, "resume.path": path}
+    words |= {f"model.{key}": one for key, one in sizes.items() if one is not None and key not in _NOT_SIZES}
+    words |= {f"norm.{key}": one for key, one in norms.items() if key == "placement" or one != default[key]}
+    return [f"{key}={str(one).lower() if isinstance(one, bool) else one}" for key, one in words.items()]
 
 
 def import_folder(source: str | Path, destination: str | Path, *, note: Note = lambda text: None) -> Imported:
@@ -126,7 +131,7 @@ def copy_beside(source: Path, target: Path) -> dict[str, files.FileRecord]:
 def complete(
     folder: Path, written: Written, shapes: Shapes, extra: dict[str, files.FileRecord], origin: dict[str, Any]
 ) -> None:
-    """State, manifest and marker: what makes a folder with weights a checkpoint (see `nexa.checkpoint.commit`)."""
+    """State, manifest and marker of a folder with weights alone, where training has not begun: see `seal`."""
     # a run that reads it takes the weights alone; these keys say that nothing has happened yet
     state = {
         "state": {"step": 0, "samples": 0, "tokens": 0, "skipped": 0},
@@ -136,17 +141,32 @@ def complete(
         "tokens_by_source": {},
         "scalars": {},
     }
-    records = written.files | extra | {catalog.STATE: files.write_json(folder / catalog.STATE, state | origin)}
+    states = {name: {WEIGHT: written.homes[name]} for name in shapes}
+    seal(folder, written.files | extra, shapes, states, 0, state | origin)
+
+
+def seal(
+    folder: Path,
+    records: dict[str, files.FileRecord],
+    shapes: Shapes,
+    states: dict[str, dict[str, str]],
+    step: int,
+    state: dict[str, Any],
+    **more: Any,
+) -> None:
+    """Write `state.json`, manifest and marker: what makes a folder a checkpoint (see `nexa.checkpoint.commit`).
+
+    states: for each parameter the file of each of its states. more: further keys of the manifest.
+    """
+    records = records | {catalog.STATE: files.write_json(folder / catalog.STATE, state)}
     manifest = {
         "format": catalog.FORMAT,
         "version": catalog.VERSION,
-        "step": 0,
+        "step": step,
         "world_size": 1,
         "files": {name: dataclasses.asdict(record) for name, record in records.items()},
-        "parameters": {
-            name: {"shape": list(shape), "states": {WEIGHT: written.homes[name]}} for name, shape in shapes.items()
-        },
+        "parameters": {name: {"shape": list(shape), "states": states[name]} for name, shape in shapes.items()},
     }
-    record = files.write_json(folder / catalog.MANIFEST, manifest)
-    marker = {"step": 0, "attempt": secrets.token_hex(6), "manifest_sha256": record.sha256}
+    record = files.write_json(folder / catalog.MANIFEST, manifest | more)
+    marker = {"step": step, "attempt": secrets.token_hex(6), "manifest_sha256": record.sha256}
     files.write_json(folder / catalog.COMPLETE, marker)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,17 +54,17 @@ class Weights(Protocol):
 
 
 class WeightFolder:
-    """`model.safetensors`, or the files of its index, in a folder. Use as a context manager.
+    """`model.safetensors`, or the files of its index, or those of `names`, in a folder. Use as a context manager.
 
     `entries` lists all tensors. Raises UserError naming the file that is missing, damaged or pickled.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Iterable[str] | None = None) -> None:
         self.folder = folder
         self.entries: dict[str, TensorEntry] = {}
         self._homes: dict[str, TensorFile] = {}
         with ExitStack() as stack:
-            for name in _files(folder):
+            for name in _files(folder) if names is None else names:
                 file = stack.enter_context(TensorFile(folder / name))
                 self.entries |= file.entries
                 self._homes |= dict.fromkeys(file.entries, file)
@@ -91,20 +91,23 @@ class WeightFolder:
 
         Raises UserError for values that are not finite, or are not any more in `dtype`.
         """
-        entry = self.entries[name]
         step = max(1, PIECE // unit) * unit
-        for low in range(0, entry.numel, step):
-            piece = torch.empty(min(step, entry.numel - low), dtype=entry.dtype)
-            self._homes[name].read_into(name, low, piece)
-            converted = piece.to(dtype)
-            if not bool(torch.isfinite(converted).all()):
-                what = f"{self.file_of(name)}: {name}"
-                if not bool(torch.isfinite(piece).all()):
-                    raise UserError(f"{what} holds values that are not finite")
-                raise UserError(
-                    f"{what} holds {float(piece.abs().max()):.4g}, more than {DTYPE_NAMES[dtype]} can; use bf16 or fp32"
-                )
-            yield converted
+        for low in range(0, self.entries[name].numel, step):
+            yield self.read(name, low, min(step, self.entries[name].numel - low), dtype)
+
+    def read(self, name: str, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """`count` elements of a row-major tensor from `start` on as `dtype`, 1-D. Raises as `chunks`."""
+        piece = torch.empty(count, dtype=self.entries[name].dtype)
+        self._homes[name].read_into(name, start, piece)
+        converted = piece.to(dtype)
+        if not bool(torch.isfinite(converted).all()):
+            what = f"{self.file_of(name)}: {name}"
+            if not bool(torch.isfinite(piece).all()):
+                raise UserError(f"{what} holds values that are not finite")
+            raise UserError(
+                f"{what} holds {float(piece.abs().max()):.4g}, more than {DTYPE_NAMES[dtype]} can; use bf16 or fp32"
+            )
+        return converted
 
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values."""
@@ -211,20 +214,44 @@ def write_weights(
     damaged source.
     """
     types = {name: torch.float32 if name in exact else dtype for name in shapes}
-    sizes = {name: math.prod(shapes[name]) * one.itemsize for name, one in types.items()}
-    groups, total = pack(sizes, shard_bytes), sum(sizes.values())
-    progress = Progress(total, note)
+    progress = Progress(sum(math.prod(shape) * types[name].itemsize for name, shape in shapes.items()), note)
+    written = write_files(source, shapes, folder, types, "model", shard_bytes, progress)
+    write_index(written, folder)
+    return written
+
+
+def write_index(written: Written, folder: Path) -> None:
+    """Add Hugging Face's index to files of weights, where there are several. Raises OSError."""
+    if len(written.files) > 1:
+        index = {"metadata": {"total_size": written.total_bytes}, "weight_map": dict(sorted(written.homes.items()))}
+        written.files[MODEL_INDEX] = files.write_json(folder / MODEL_INDEX, index)
+
+
+def write_files(
+    source: Weights,
+    shapes: Shapes,
+    folder: Path,
+    types: Mapping[str, torch.dtype],
+    kind: str,
+    shard_bytes: int,
+    progress: Progress,
+) -> Written:
+    """Copy the tensors of `shapes` into as many safetensors files `kind-…` as `shard_bytes` asks for.
+
+    kind: `model`, whose lone file has a name without numbers, or `optimizer` (see `nexa.checkpoint.layout`).
+    Raises as `write_weights`.
+    """
+    sizes = {name: math.prod(shape) * types[name].itemsize for name, shape in shapes.items()}
+    groups = pack(sizes, shard_bytes)
     records: dict[str, FileRecord] = {}
     homes: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
-        file = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        numbered = f"{kind}-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = WEIGHTS if kind == "model" and len(groups) == 1 else numbered
         entries = {name: shapes[name] for name in names}
         records[file] = files.write_file(folder / file, _stream(source, entries, types, progress))
         homes |= dict.fromkeys(names, file)
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-        records[MODEL_INDEX] = files.write_json(folder / MODEL_INDEX, index)
-    return Written(records, homes, total)
+    return Written(records, homes, sum(sizes.values()))
 
 
 def _stream(source: Weights, shapes: Shapes, types: Mapping[str, torch.dtype], progress: Progress) -> Iterator[Buffer]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -202,6 +202,18 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def _rule(name: str, role: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig) -> Draw:
+    """How matrix `name` is drawn: the initialiser's rule and the placement's gain."""
+    rule = RULES[model.initializer](Matrix(role, layer_index(name) or 0, *shape), model)
+    return replace(rule, std=rule.std * PLACEMENTS[norm.placement].matrix_gain(role, model.num_hidden_layers))
+
+
+def initial_std(name: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig) -> float | None:
+    """Standard deviation of the initial values of `name`; None for what no rule draws (vectors, scalars)."""
+    role = role_of(name)
+    return None if role is None or role in _ZERO else _rule(name, role, shape, model, norm).std
+
+
 def draw(name: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig, seed: int) -> Tensor | None:
     """Initial fp32 values of matrix or bias `name`, on the CPU; None for a parameter whose constructor sets it."""
     if bias_role(name) is not None:
@@ -213,8 +225,8 @@ def draw(name: str, shape: tuple[int, ...], model: ModelConfig, norm: NormConfig
         return torch.zeros(shape)
     if role == "embed" and model.fixnorm:
         return torch.empty(shape).uniform_(-FIXNORM_RANGE, FIXNORM_RANGE, generator=generator_for(seed, name))
-    rule = RULES[model.initializer](Matrix(role, layer_index(name) or 0, *shape), model)
-    std = rule.std * PLACEMENTS[norm.placement].matrix_gain(role, model.num_hidden_layers)
+    rule = _rule(name, role, shape, model, norm)
+    std = rule.std
     values, generator = torch.empty(shape), generator_for(seed, name)
     if model.initializer_shape != 2.0:
         unit = generalised_gaussian(values.numel(), model.initializer_shape, CUT if rule.truncated else None, generator)

@@ -33,6 +33,8 @@ class Kind:
     """The same with a denominator that can become a constant; None: there is no such thing."""
     warning: str = ""
     """What a run with it says at its start."""
+    counts_units: str = ""
+    """Why it does not give the same when every feature is there several times; empty: it does, but for gains."""
 
 
 KINDS: dict[str, Kind] = {
@@ -47,7 +49,11 @@ KINDS: dict[str, Kind] = {
         removable=removal.RemovableLayerNorm.at,
     ),
     "crmsnorm": Kind(
-        norms.CRMSNorm.at, "w x / sqrt((sum x^2 + (sum x)^2) / (n + 1) + eps)", "w [n] 1", "arXiv 2305.14858"
+        norms.CRMSNorm.at,
+        "w x / sqrt((sum x^2 + (sum x)^2) / (n + 1) + eps)",
+        "w [n] 1",
+        "arXiv 2305.14858",
+        counts_units="counts one coordinate more, minus the sum of the others",
     ),
     "scalenorm": Kind(norms.ScaleNorm.at, "w x / max(|x|, 1e-5)", "w [1] sqrt(n)", "arXiv 1910.05895"),
     "dyt": Kind(norms.DyT.at, "w tanh(alpha x)", "w [n] 1, alpha [1] by width", "arXiv 2503.10622", embed_scale=True),
@@ -76,6 +82,7 @@ KINDS: dict[str, Kind] = {
         "w [n] 1, lambda [1] 2, before the feed-forward 1",
         "arXiv 2601.09719",
         paired=True,
+        counts_units="takes |W_O W_V|^2 over the number of features for a variance",
     ),
     "powernorm": Kind(
         running.PowerNorm.at,

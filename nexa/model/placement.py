@@ -97,9 +97,19 @@ def _mix(site: Site) -> BlockPlan:
     return _POST if site.index < post_layers(site.norm, site.layers) else _PRE
 
 
+def takes_depth_numbers(norm: NormConfig) -> bool:
+    """Whether blocks have a scale by their number."""
+    return norm.placement == "lns" or norm.depth_scaling
+
+
+def depth_number(norm: NormConfig, index: int) -> int:
+    """Number l of block `index` in 1/sqrt(l)."""
+    return index + 1 if norm.depth_numbers is None else norm.depth_numbers[index]
+
+
 def _lns_scale(site: Site) -> float:
     """LayerNorm Scaling: 1/sqrt(l) for block l, counted from 1 over the whole model (arXiv 2502.05795, equation 5)."""
-    return 1 / math.sqrt(site.index + 1)
+    return 1 / math.sqrt(depth_number(site.norm, site.index))
 
 
 def _lns(site: Site) -> BlockPlan:

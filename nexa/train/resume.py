@@ -119,11 +119,16 @@ def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -
         new = {name for name, _ in engine.module.named_buffers() if name not in stored}
         shapes = {name: shape for name, shape in shapes.items() if name not in new}
         fragments = [fragment for fragment in fragments if fragment.name not in new]
-    scalars = load_fragments(origin.path, fragments, states=origin.mode.moments, parameters=shapes)
-    engine.finish_load(scalars if origin.mode.moments else {})
+    # a grown checkpoint may say itself that training goes on without what the optimizer knew
+    fresh = saved.get("moments") == "reset"
+    moments = origin.mode.moments and not fresh
+    scalars = load_fragments(origin.path, fragments, states=moments, parameters=shapes)
+    engine.finish_load(scalars if moments else {})
     old = RunState.from_dict(saved["state"])
     if topology.is_main:
         logger.info("resuming from %s (step %d, %d tokens)", origin.path, old.step, old.tokens)
+        if fresh and origin.mode.moments:
+            logger.info("the optimizer starts anew: the checkpoint was grown with --moments reset")
         for difference in differences(cfg, origin.path, saved.get("optim", {})):
             logger.info("%s; the config's is used", difference)
     changed = differing(saved["data"], data)

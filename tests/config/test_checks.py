@@ -154,6 +154,17 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
         "schedule.point_ratios=[1.0, 0.0]: the logarithm of 0",
     ),
     ({"norm__depth_scaling": True, "norm__placement": "post"}, None, "norm.placement=post has none; set norm.depth_s"),
+    ({"norm__depth_numbers": [1] * 12}, None, "norm.placement=pre without norm.depth_scaling scales nothing by"),
+    (
+        {"norm__depth_numbers": [1, 2], "norm__placement": "lns"},
+        None,
+        "2 numbers for model.num_hidden_layers=12 blocks",
+    ),
+    (
+        {"norm__depth_numbers": [0], "norm__placement": "lns"},
+        None,
+        "norm.depth_numbers=[0]: every number must be at le",
+    ),
     ({"norm__branch_scale": "fixed", "norm__branch_scale_value": 0.0}, None, "takes every sublayer out for good"),
     ({"norm__branch_scale_value": 0.5}, None, "norm.branch_scale_value=0.5: norm.branch_scale=none has no such factor"),
     ({"norm__warmup_steps": 5}, None, "norm.warmup_steps=5: norm.kind=rmsnorm has no running statistics to warm up"),
@@ -307,7 +318,7 @@ def test_every_rule_is_broken_by_some_case():
     assert silent == []
 
 
-LISTS = {"schedule.restart_steps", "schedule.point_steps", "schedule.point_ratios"}
+LISTS = {"norm.depth_numbers", "schedule.restart_steps", "schedule.point_steps", "schedule.point_ratios"}
 
 
 @pytest.mark.parametrize("name", sorted(LIMITS))

@@ -246,6 +246,11 @@ def test_lns_scales_are_global_and_start_at_one() -> None:
     assert plans[8].attn.input_scale == pytest.approx(1 / 3)
 
 
+def test_numbers_of_blocks_may_be_given() -> None:
+    plans = block_plans(NormConfig(placement="lns", depth_numbers=[1, 4, 1]), 3)
+    assert [plan.mlp.input_scale for plan in plans] == [1.0, 0.5, 1.0]
+
+
 def test_deepnorm_with_alpha_one_is_post_without_final_norm() -> None:
     a = random_decoder(NormConfig(placement="deepnorm", deepnorm_alpha=1.0))
     b = random_decoder(NormConfig(placement="post", final=False), seed=3)
