@@ -39,7 +39,7 @@ class Annealing(Law):
     """L = L0 + A S1^-alpha - C S2; S2 with a momentum `lambda` that is fixed in one fit."""
 
     name = "annealing"
-    linear = ("L0", "A", "C")
+    linear: ClassVar[tuple[str, ...]] = ("L0", "A", "C")
     shape: ClassVar[tuple[str, ...]] = ("alpha",)
     order: ClassVar[tuple[str, ...]] = ("L0", "A", "alpha", "C", "lambda")
     bounds: ClassVar = {"alpha": (1e-3, 10.0)}

@@ -17,8 +17,8 @@ Range = tuple[float, float]
 class Law(ABC):
     """loss = basis(shape) @ linear, at chosen steps of a schedule.
 
-    Every law here is a sum of terms, each with a coefficient >= 0 (`linear`), whose form depends on a few more parameters
-    (`shape`). That is what makes starting points cheap: for any shape the best coefficients are a least-squares problem.
+    Every law here is a sum of terms, each with a coefficient >= 0 (`linear`), whose form depends on a few more
+    parameters (`shape`). That makes starting points cheap: for any shape the best coefficients are least squares.
     """
 
     name: ClassVar[str]
@@ -32,6 +32,12 @@ class Law(ABC):
     """Of starting points, over the shape parameters."""
     starts: ClassVar[int] = 6
     """How many of the grid's points, the best ones, L-BFGS-B starts from."""
+    coarse: ClassVar[int] = 1
+    """The starts use every so-manieth row only; the fit is then finished on all."""
+    anchor: ClassVar[Mapping[str, float]] = {}
+    """Values that shape parameters keep unless the curves speak against them; see `prior`."""
+    prior: ClassVar[float] = 0.0
+    """How strongly, unless a fit says so: this times log(parameter / anchor) is a residual like those of rows."""
     needs_size: ClassVar[bool] = False
     """Whether every curve must say how many parameters the model has."""
     options: ClassVar[Mapping[str, Sequence[Any]]] = {}
@@ -87,7 +93,9 @@ class Law(ABC):
         terms, slopes = self.basis(features, theta[count:])
         return terms @ theta[:count], np.hstack([terms, np.einsum("nls,l->ns", slopes, theta[:count])])
 
-    def predict(self, rates: Rates, index: np.ndarray, params: Mapping[str, float], size: float | None = None) -> Floats:
+    def predict(
+        self, rates: Rates, index: np.ndarray, params: Mapping[str, float], size: float | None = None
+    ) -> Floats:
         """The loss at the updates `index` [n]; not finite where the law has none (rate 0 so far)."""
         return self.evaluate(self.features(rates, index, size), self.vector(params))
 

@@ -62,14 +62,16 @@ def load(specs: Sequence[str | Path], loss_key: str = "loss") -> list[Curve]:
     `loss_key`: key of metrics.jsonl, for run folders.
 
     Raises:
-        UserError: a file is missing or unreadable, a key or column is wrong, a value is not a finite number, rows are out
-            of order, or the schedule ends before the rows do.
+        UserError: a file is missing or unreadable, a key or column is wrong, a value is not a finite number, rows are
+            out of order, or the schedule ends before the rows do.
     """
     curves = [curve for spec in specs for curve in _load(Path(spec), loss_key)]
     names = [curve.file for curve in curves]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"curves: {twice[0]} occurs twice; give each a `name`, because predictions are written under it")
+        raise UserError(
+            f"curves: {twice[0]} occurs twice; give each a `name`, because predictions are written under it"
+        )
     return curves
 
 
@@ -158,7 +160,9 @@ def read_csv(path: Path) -> dict[str, list[float]]:
     missing = [name for name in ("step", "loss") if name not in head]
     if missing:
         shown = ", ".join(head) if head else "nothing"
-        raise UserError(f"{path}: no column {missing[0]}; the first line has {shown}, it must name {', '.join(COLUMNS)}")
+        raise UserError(
+            f"{path}: no column {missing[0]}; the first line has {shown}, it must name {', '.join(COLUMNS)}"
+        )
     columns: dict[str, list[float]] = {name: [] for name in COLUMNS if name in head}
     for line, row in enumerate(table[1:], start=2):
         if not row:
@@ -183,7 +187,7 @@ def _finite(cell: Any, where: str) -> float:
 
 
 def from_run(folder: Path, loss_key: str = "loss") -> Curve:
-    """A run folder: its schedule from config.yaml, its losses from metrics.jsonl (rows without `loss_key` are left out).
+    """A run folder: its schedule from config.yaml, its losses from metrics.jsonl, from rows that have `loss_key`.
 
     Row `step: n` has the loss of update n - 1.
 
@@ -247,7 +251,7 @@ def checked(
     after = int((index >= rates.warmup).sum())
     if after < 2:
         raise UserError(
-            f"{path}: {after} of {len(step)} row(s) after the {rates.warmup} steps of warm-up; a curve needs at least two"
+            f"{path}: {after} of {len(step)} rows after the {rates.warmup} steps of warm-up; a curve needs two"
         )
     notes = list(_holes(path, step))
     lr = np.array(columns["lr"], dtype=np.float64) if "lr" in columns else rates.values[index]
@@ -260,7 +264,8 @@ def _holes(path: str, step: Floats) -> Iterator[str]:
     apart = np.diff(step)
     if apart.max() > HOLE * np.median(apart):
         at = int(apart.argmax())
-        yield f"{path}: no rows between step {step[at]:g} and {step[at + 1]:g}, elsewhere about every {np.median(apart):g}"
+        usual = f"elsewhere about every {np.median(apart):g}"
+        yield f"{path}: no rows between step {step[at]:g} and {step[at + 1]:g}, {usual}"
 
 
 def _disagreement(path: str, step: Floats, index: np.ndarray, lr: Floats, rates: Rates) -> list[str]:

@@ -28,11 +28,11 @@ class Momenta:
 def forward_momentum(falls: Floats) -> Floats:
     """M [n] of falls [n]: running sum of Adam's update for them, first moment over the root of 1e5 times the second.
 
-    Bias is corrected with exponent i + 2 for entry i (from 0), as in the authors' code, whose first entry has seen two.
+    Bias is corrected with exponent i + 1 for entry i, from 0.
     """
     first = lfilter([1 - FIRST], [1.0, -FIRST], falls)
     second = lfilter([1 - SECOND], [1.0, -SECOND], falls**2)
-    power_of = np.arange(len(falls)) + 2.0
+    power_of = np.arange(len(falls)) + 1.0
     first, second = first / (1 - FIRST**power_of), SECOND_SCALE * second / (1 - SECOND**power_of)
     return np.cumsum(first / (np.sqrt(second + TINY) + TINY))
 
@@ -40,8 +40,8 @@ def forward_momentum(falls: Floats) -> Floats:
 class ForwardMomentum(Law):
     """L = L0 + A S1^-alpha - C M, with M over the rows of the curve.
 
-    M adds up over logged rows, not over updates: it depends on how often a curve is logged, and parameters fitted on one
-    grid hold on that grid only. Curves of one fit should have one grid.
+    M adds up over logged rows, not over updates: it depends on how often a curve is logged, and parameters fitted on
+    one grid hold on that grid only. Curves of one fit should have one grid.
     """
 
     name = "forward_momentum"
@@ -66,4 +66,6 @@ class ForwardMomentum(Law):
 
     def final(self, rates: Rates, params: Mapping[str, float], size: float | None = None) -> tuple[float, Floats]:
         """Raises UserError: this law has no loss of a schedule as such, only one of rows."""
-        raise UserError(f"law {self.name}: depends on the rows of a curve, so no best schedule; fit annealing or multipower")
+        raise UserError(
+            f"law {self.name}: depends on the rows of a curve, so no best schedule; fit annealing or multipower"
+        )

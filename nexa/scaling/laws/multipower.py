@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nexa.scaling.laws.base import Law, area, drops, power
 from nexa.scaling.laws.rates import Floats, Rates
@@ -41,7 +42,7 @@ class _Blocks:
         count = -(-len(falls) // length)
         room = count * length - len(falls)
         fallen = np.pad(falls, (0, room)).reshape(count, length)
-        self.empty = ~fallen.any(1)
+        self.empty: NDArray[np.bool_] = np.all(fallen == 0, axis=1)
         spread = 0.5 * (1 - np.cos(np.pi * np.arange(NODES) / (NODES - 1)))
         self.nodes = np.round(spread * (length - 1)).astype(np.int64)
         matrix = _lagrange(np.arange(length) / length, self.nodes / length)
@@ -63,9 +64,9 @@ def pair_terms(rates: Rates, index: np.ndarray, falls: Floats) -> Terms:
     """The pairs of (row, fall) of the double sum, with far blocks of falls replaced by ten of them.
 
     Seen from row t, the term of fall k is a smooth function of k once the sum of rates between them is as large as
-    the one over a block around k: it is then a polynomial in k to about 1e-8 of itself, and the sum over the block needs
-    only the polynomial's nodes. Blocks double in length with the distance; kinks and jumps of the schedule, and rows near by, are
-    summed one by one. Constant stretches have no falls and cost nothing.
+    the one over a block around k: it is then a polynomial in k to about 1e-8 of itself, and the sum over the block
+    needs only the polynomial's nodes. Blocks double in length with the distance; kinks and jumps of the schedule, and
+    rows near by, are summed one by one. Constant stretches have no falls and cost nothing.
     """
     sums = area(rates)
     before = np.concatenate([[0.0], sums])
@@ -118,14 +119,16 @@ class MultiPower(Law):
     linear = ("L0", "A", "B")
     shape = ("alpha", "C", "beta", "gamma")
     order = ("L0", "A", "alpha", "B", "C", "beta", "gamma")
-    bounds: ClassVar = {"alpha": (1e-3, 10.0), "C": (1e-4, 1e4), "beta": (1e-3, 10.0), "gamma": (0.0, 3.0)}
+    bounds: ClassVar = {"alpha": (1e-3, 10.0), "C": (1e-4, 1e4), "beta": (1e-3, 10.0), "gamma": (1e-3, 3.0)}
     grid: ClassVar = {
         "alpha": (0.3, 0.5, 0.8),
         "C": (0.5, 2.0),
         "beta": (0.3, 0.6),
         "gamma": (0.4, 0.7),
     }
-    starts = 3
+    starts, coarse = 3, 4
+    anchor: ClassVar = {"C": 1.0, "beta": 0.5, "gamma": 0.5}  # where the authors start, and do not get far from
+    prior = 0.1  # of 0, 1e-4 … 1 the best for left-out curves among three to fit, at 25M and 100M: docs/laws.md
     options: ClassVar = {"warmup": ("official", "interpretable")}
 
     def features(self, rates: Rates, index: np.ndarray, size: float | None) -> Terms:
@@ -143,7 +146,7 @@ class MultiPower(Law):
         rate = beta * left * (grown / (1 + grown))  # weight dG / dlog x
 
         def total(values: Floats) -> Floats:
-            return np.bincount(features.row, values, rows)
+            return np.bincount(features.row, values, rows).astype(np.float64, copy=False)
 
         terms = np.stack([np.ones(rows), forward, total(left) - total(features.weight)], 1)
         slopes = np.zeros((rows, 3, 4))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -56,10 +58,8 @@ def _number(mapping: Mapping[str, Any], key: str, where: str, *, least: float, d
     """A finite number >= `least` of a schedule, or UserError."""
     value = mapping.get(key, default)
     if isinstance(value, str):  # YAML 1.1 reads 3e-4, without a point, as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < least:
         raise UserError(f"{where}: schedule.{key}={value!r}; give a number of at least {least:g}")
     return float(value)
@@ -82,7 +82,7 @@ def _points(mapping: Mapping[str, Any], where: str) -> tuple[list[int], list[flo
     pairs = [{"step": step, "rate": rate} for step, rate in points]
     steps = [_steps(pair, "step", f"{where}: schedule.points", least=0) for pair in pairs]
     rates = [_number(pair, "rate", f"{where}: schedule.points", least=0) for pair in pairs]
-    if any(after <= before for before, after in zip(steps, steps[1:], strict=False)) or max(rates) <= 0:
+    if any(after <= before for before, after in itertools.pairwise(steps)) or max(rates) <= 0:
         raise UserError(f"{where}: schedule.points={points!r}; steps must increase and a rate must be above 0")
     return steps, rates
 
