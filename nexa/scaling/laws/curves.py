@@ -212,6 +212,8 @@ def from_run(folder: Path, loss_key: str = "loss") -> Curve:
             continue
         for name, key in zip(COLUMNS, ("step", "lr", loss_key), strict=True):
             columns[name].append(_finite(row.get(key), f"{path} line {number}: {key}"))
+    if not columns["step"]:
+        raise UserError(f"{path}: no row has {loss_key!r}; give a key of its rows with --loss, or a run that has trained")
     name = folder.resolve().name
     return checked(str(folder), f"{name}.csv", rates, columns, offset=1)
 
@@ -242,12 +244,12 @@ def checked(
         raise UserError(f"{path}: step {step[at + 1]:g} follows step {step[at]:g}; steps must increase")
     if (loss <= 0).any():
         raise UserError(f"{path}: loss {loss[loss <= 0][0]:g} at step {step[loss <= 0][0]:g}; it must be above 0")
-    index = step.astype(np.int64) - offset
-    if len(index) and index[-1] > rates.total:
+    if len(step) and step[-1] - offset > rates.total:
         raise UserError(
             f"{path}: has rows up to step {step[-1]:g}, but its schedule ends at step {rates.total}; "
             "give the schedule of the whole run (total_steps, or the last of points)"
         )
+    index = step.astype(np.int64) - offset
     after = int((index >= rates.warmup).sum())
     if after < 2:
         raise UserError(

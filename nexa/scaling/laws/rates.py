@@ -23,6 +23,9 @@ Floats = NDArray[np.float64]
 TOGETHER = {"peak_lr", "min_lr", "total_steps", "points"}
 """Keys of a schedule in a law file that the trainer's schedule does not have."""
 
+MOST_STEPS = 10_000_000
+"""A law looks at every step."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -67,8 +70,8 @@ def _number(mapping: Mapping[str, Any], key: str, where: str, *, least: float, d
 
 def _steps(mapping: Mapping[str, Any], key: str, where: str, *, least: int, default: int | None = None) -> int:
     value = _number(mapping, key, where, least=least, default=default)
-    if value != int(value):
-        raise UserError(f"{where}: schedule.{key}={value:g}; give a whole number of steps")
+    if value != int(value) or value > MOST_STEPS:
+        raise UserError(f"{where}: schedule.{key}={value:g}; give a whole number of steps, {MOST_STEPS:,} at most")
     return int(value)
 
 
