@@ -128,7 +128,7 @@ class MultiPower(Law):
     }
     starts, coarse = 3, 4
     anchor: ClassVar = {"C": 1.0, "beta": 0.5, "gamma": 0.5}  # where the authors start, and do not get far from
-    prior = 0.1  # of 0, 1e-4 … 1 the best for left-out curves among three to fit, at 25M and 100M: docs/laws.md
+    prior = 0.1  # chosen on left-out curves among those to fit, mean over 25M and 100M: docs/laws.md
     options: ClassVar = {"warmup": ("official", "interpretable")}
 
     def features(self, rates: Rates, index: np.ndarray, size: float | None) -> Terms:
