@@ -57,12 +57,13 @@ class TokenSource(Protocol):
         ...
 
 
-def _empty_batch(rows: int, length: int, document_mask: bool) -> Batch:
+def empty_batch(rows: int, length: int, document_mask: bool) -> Batch:
+    """Rows of nothing but unscored padding."""
     documents = np.zeros((rows, length), np.int32) if document_mask else None
     return Batch(np.zeros((rows, length), np.int64), np.full((rows, length), IGNORE, np.int64), documents)
 
 
-def _fill_row(batch: Batch, row: int, store: TokenSource, packing: Packing, number: int) -> None:
+def fill_row(batch: Batch, row: int, store: TokenSource, packing: Packing, number: int) -> None:
     """Put row `number` of a packing into a row of the batch; the rest of it stays unscored padding."""
     pieces = packing.pieces(number)
     if not pieces:
@@ -166,11 +167,14 @@ class TrainBatches:
         """Rows [start, stop) of the global batch of a step."""
         if not 0 <= start <= stop <= self._batch:
             raise IndexError(f"rows [{start}, {stop}) of a global batch of {self._batch}")
-        batch = _empty_batch(stop - start, self._length, self._mask)
+        batch = empty_batch(stop - start, self._length, self._mask)
         for row, (source, sample) in enumerate(self._locate(step, start, stop)):
-            _fill_row(batch, row, self.stores[source], self._packings[source], sample)
+            fill_row(batch, row, self.stores[source], self._packings[source], sample)
         check_ids(batch, self._vocab_size, " or ".join(self.names))
         return batch
+
+    def position(self, step: int) -> None:
+        """What a resume needs besides the number of samples: nothing."""
 
     def sample_ids(self, step: int) -> list[tuple[str, int]]:
         """(source, sample number within its store) of every row of a step's global batch."""
@@ -223,8 +227,8 @@ class ValidationRows:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows [start, stop); those beyond the end come unscored, so that all ranks can make equally many calls."""
-        batch = _empty_batch(stop - start, self._length, self._mask)
+        batch = empty_batch(stop - start, self._length, self._mask)
         for row, number in enumerate(range(start, min(stop, self._rows))):
-            _fill_row(batch, row, self._store, self._packing, number)
+            fill_row(batch, row, self._store, self._packing, number)
         check_ids(batch, self._vocab_size, self.name)
         return batch

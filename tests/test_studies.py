@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.studies import runner
+from benchmarks.studies import continual, runner
 from benchmarks.studies.placements import LEARNING_RATES, SEEDS, VARIANTS, points
 from benchmarks.studies.placements_report import loss_table, name_of
 from benchmarks.studies.runner import Point, run_points
 from nexa.config import check, compose
+from nexa.config.schema import Config
+from nexa.optim import learning_rate
 
 
 def test_the_placement_study_is_valid_and_compares_one_thing() -> None:
@@ -24,6 +27,36 @@ def test_the_placement_study_is_valid_and_compares_one_thing() -> None:
     assert [cfg.norm.placement for cfg in first.values()] == [*list(VARIANTS)[:-1], "pre"]
 
 
+def test_the_continual_study_is_valid_and_compares_one_thing(tmp_path: Path) -> None:
+    parts = continual.points("stores/old", "stores/new", 4096, tmp_path)
+    found = {point.name: compose(list(point.overrides)) for part in parts for point in part}
+    assert len(found) == sum(map(len, parts)) == 12 * len(continual.SEEDS)
+    assert [check(cfg, 1) for cfg in found.values()] == [[]] * len(found)
+    for seed in continual.SEEDS:
+        trunk = found[f"trunk_seed{seed}"]
+        replays = [found[f"replay_{share * 100:g}_seed{seed}"] for share in continual.REPLAY]
+        for cfg, share in zip(replays, continual.REPLAY, strict=True):
+            assert cfg.data == dataclasses.replace(
+                trunk.data, source="stores/new", replay_from=cfg.resume.path, replay=share
+            )
+            assert (cfg.train, cfg.schedule, cfg.optim, cfg.model) == (
+                trunk.train,
+                trunk.schedule,
+                trunk.optim,
+                trunk.model,
+            )
+            assert Path(str(cfg.resume.path)).name == f"trunk_seed{seed}" in {point.name for point in parts[2 * seed]}
+        union = found[f"union_seed{seed}"]
+        assert union.train == dataclasses.replace(trunk.train, steps=2 * trunk.total_steps)
+        ending, base = found[f"infinite_5_seed{seed}"], found[f"infinite_trunk_seed{seed}"]
+
+        def rate(cfg: Config, step: int) -> float:
+            return learning_rate(step, cfg.optim.lr, cfg.total_steps, cfg.schedule)
+
+        assert rate(ending, 0) == pytest.approx(rate(base, base.total_steps - 1)) == pytest.approx(2.2e-3)
+        assert rate(ending, ending.total_steps) == pytest.approx(rate(trunk, trunk.total_steps)) == pytest.approx(4e-4)
+
+
 def test_points_end_once_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 
@@ -31,7 +64,7 @@ def test_points_end_once_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         trained.append(point.name)
         if point.name == "c" and len(trained) == 3:
             raise RuntimeError("c: train.py ended with 1")
-        result = {"overrides": list(point.overrides), "diverged": False, "validation_loss": 1.0, "seconds": 0.0}
+        result = {"overrides": list(point.overrides), "diverged": False, "validation": {"a": 1.0}, "seconds": 0.0}
         (folder / "results" / f"{point.name}.json").write_text(json.dumps(result))
         return result
 
@@ -45,12 +78,14 @@ def test_points_end_once_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run_points([Point("a", ("optim.lr=1",))], tmp_path)
 
 
+def ended(loss: float | None) -> dict:
+    return {"diverged": loss is None, "validation": {} if loss is None else {"english": loss}}
+
+
 def test_the_table_has_mean_spread_and_divergence() -> None:
-    results = {
-        name_of("pre", lr, seed): {"validation_loss": 3.0 + lr + seed / 10} for lr in LEARNING_RATES for seed in SEEDS
-    }
-    results |= {name_of("post", LEARNING_RATES[1], seed): {"validation_loss": None} for seed in SEEDS}
-    results[name_of("post", LEARNING_RATES[0], 0)] = {"validation_loss": 2.9}
+    results = {name_of("pre", lr, seed): ended(3.0 + lr + seed / 10) for lr in LEARNING_RATES for seed in SEEDS}
+    results |= {name_of("post", LEARNING_RATES[1], seed): ended(None) for seed in SEEDS}
+    results[name_of("post", LEARNING_RATES[0], 0)] = ended(2.9)
     lines = {line.split(" | ")[0].strip("| "): line for line in loss_table(results)}
     assert lines["pre"] == "| pre | 3.052 ± 0.050 | 3.056 ± 0.050 | 3.052 | +0.000 |"
     assert lines["post"] == "| post | 2.900 ± 0.000 | 2 of 2 diverged | 2.900 | -0.152 |"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.studies.runner import Point, run_points
+from benchmarks.studies.runner import Point, run_points, the_loss
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "pre": ("norm=pre",),
@@ -75,7 +75,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results = run_points(points(arguments.data, arguments.vocab_size, arguments.smoke), arguments.out, arguments.jobs)
     for name, result in results.items():
-        print(f"{name:28} {'diverged' if result['diverged'] else format(result['validation_loss'], '.4f')}")
+        loss = the_loss(result)
+        print(f"{name:28} {'diverged' if loss is None else format(loss, '.4f')}")
 
 
 if __name__ == "__main__":

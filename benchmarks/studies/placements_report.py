@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.studies.placements import LEARNING_RATES, SEEDS, VARIANTS
-from benchmarks.studies.runner import metrics
+from benchmarks.studies.runner import metrics, the_loss
 from data_pipeline.store import open_store
 from nexa.api import build_model, load_model
 from nexa.diagnostics import measure
@@ -55,7 +55,7 @@ def _cell(values: list[float | None]) -> str:
 def losses(results: Results, variant: str, lr: float) -> list[float | None]:
     """Final validation losses of the seeds that have ended, None for those that diverged."""
     names = [name_of(variant, lr, seed) for seed in SEEDS]
-    return [results[name]["validation_loss"] for name in names if name in results]
+    return [the_loss(results[name]) for name in names if name in results]
 
 
 def loss_table(results: Results) -> Iterator[str]:
@@ -143,7 +143,7 @@ def main() -> None:
     print("\n".join(loss_table(results)))
     rate = LEARNING_RATES[-1]
     names = {variant: name_of(variant, rate, SEEDS[0]) for variant in VARIANTS}
-    ended = {v: name for v, name in names.items() if results.get(name, {}).get("validation_loss")}
+    ended = {v: name for v, name in names.items() if name in results and not results[name]["diverged"]}
     found = {v: diagnose(study, name, results[name]["overrides"], arguments.data) for v, name in ended.items()}
     print(f"\n| variant, lr {rate:g} | variance after block 1 | after the last | exponent p | initial p |", end="")
     print(" gradient norm first / last block: initial | final |\n|---|---|---|---|---|---|---|")

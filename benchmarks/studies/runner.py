@@ -53,7 +53,7 @@ def run_points(points: Sequence[Point], folder: Path, jobs: int = 1) -> dict[str
                 pool.shutdown(cancel_futures=True)
                 raise SystemExit(str(error)) from None
             left = (time.monotonic() - begun) / done * (len(waiting) - done)
-            shown = "diverged" if result["diverged"] else f"loss {result['validation_loss']:.4f}"
+            shown = "diverged" if result["diverged"] else f"loss {_shown(result['validation'])}"
             print(f"{futures[future].name}: {shown}, {result['seconds']:.0f} s; {left / 60:.0f} min left", flush=True)
     results = {point.name: _result(point, folder) for point in points}
     return {name: result for name, result in results.items() if result is not None}
@@ -92,7 +92,7 @@ def _train(point: Point, folder: Path) -> dict[str, Any]:
     result = {
         "overrides": list(point.overrides),
         "diverged": diverged,
-        "validation_loss": None if diverged else _last(rows, "val/"),
+        "validation": {} if diverged else _last_losses(rows),
         "train_loss": rows[-1].get("loss") if rows else None,
         "steps": rows[-1]["step"] if rows else 0,
         "tokens": rows[-1].get("tokens") if rows else 0,
@@ -111,7 +111,22 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def _last(rows: list[dict[str, Any]], prefix: str) -> float:
-    """The last value of the first metric whose name begins with `prefix` and ends with /loss."""
-    found = [row[key] for row in rows for key in row if key.startswith(prefix) and key.endswith("/loss")]
-    return float(found[-1])
+def _last_losses(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The last validation loss of each source."""
+    return {
+        key.removeprefix("val/").removesuffix("/loss"): float(row[key])
+        for row in rows
+        for key in row
+        if key.startswith("val/") and key.endswith("/loss")
+    }
+
+
+def _shown(validation: dict[str, float]) -> str:
+    return ", ".join(
+        f"{loss:.4f} ({name})" if len(validation) > 1 else f"{loss:.4f}" for name, loss in validation.items()
+    )
+
+
+def the_loss(result: dict[str, Any]) -> float | None:
+    """Final validation loss of a point with one validation source; None when it diverged."""
+    return None if result["diverged"] else float(*result["validation"].values())

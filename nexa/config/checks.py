@@ -134,16 +134,43 @@ def _cycles(cfg: Config, world_size: int | None) -> Iterator[str]:
             return
 
 
+@_reads("schedule.name", "schedule.refine_from", "schedule.point_steps", "schedule.point_ratios")
+def _refined_from(cfg: Config, world_size: int | None) -> Iterator[str]:
+    schedule = cfg.schedule
+    given, origin = bool(schedule.point_steps or schedule.point_ratios), schedule.refine_from
+    if schedule.name != "refined":
+        if origin is not None:
+            yield f"schedule.refine_from={shorten(origin)}: only schedule.name=refined reads it; set that, or null here"
+    elif origin is not None and given:
+        yield (
+            f"schedule.refine_from={shorten(origin)}: schedule.point_steps has points already, as in the config.yaml "
+            "of a refined run; keep them with schedule.refine_from=null, or set schedule.point_steps=[] "
+            "schedule.point_ratios=[]"
+        )
+    elif not given and not (origin or "").strip():
+        yield f"schedule.refine_from={shorten(origin)}: schedule.name=refined needs the folder of a finished run"
+
+
+@_reads("schedule.name", "schedule.warmup_steps")
+def _refined_warm_up(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.schedule.name == "refined" and cfg.schedule.warmup_steps:
+        yield (
+            f"schedule.warmup_steps={cfg.schedule.warmup_steps}: schedule.name=refined has the warm-up that the "
+            "gradient norms ask for; set schedule.warmup_steps=0"
+        )
+
+
 @_reads("schedule.name", "schedule.point_steps", "schedule.point_ratios", "schedule.interpolation")
 def _points(cfg: Config, world_size: int | None) -> Iterator[str]:
     schedule = cfg.schedule
-    if schedule.name != "piecewise":
-        return
     steps, ratios = schedule.point_steps, schedule.point_ratios
+    if schedule.name not in ("piecewise", "refined") or (schedule.name == "refined" and not (steps or ratios)):
+        return
     if not steps or len(steps) != len(ratios) or any(b <= a for a, b in itertools.pairwise(steps)):
         yield (
-            f"schedule.point_steps={steps}, schedule.point_ratios={ratios}: schedule.name=piecewise needs increasing "
-            "steps and as many rates, for example schedule.point_steps=[0,800,1000] schedule.point_ratios=[1,1,0.1]"
+            f"schedule.point_steps={shorten(steps)}, schedule.point_ratios={shorten(ratios)}: schedule.name="
+            f"{schedule.name} needs increasing steps and as many rates, for example "
+            "schedule.point_steps=[0,800,1000] schedule.point_ratios=[1,1,0.1]"
         )
     elif schedule.interpolation == "exponential" and 0 in ratios:
         yield (
@@ -339,7 +366,7 @@ def _two_betas(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"optim.betas={cfg.optim.betas}: must be two numbers, for example [0.9, 0.95]"
 
 
-@_reads("resume.mode", "resume.path")
+@_reads("resume.mode", "resume.path", "resume.reset_optimizer")
 def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
     mode, path = cfg.resume.mode, cfg.resume.path
     if mode in ("continue", "weights_only", "new_schedule") and not path:
@@ -348,6 +375,12 @@ def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield (
             f"resume.path={shorten(path)}: resume.mode={mode} does not read it; "
             "set resume.mode=continue, weights_only or new_schedule, or resume.path=null"
+        )
+    if cfg.resume.reset_optimizer and mode != "new_schedule":
+        yield (
+            f"resume.reset_optimizer=true: resume.mode={mode} "
+            + ("resets it anyway" if mode == "weights_only" else "keeps the optimizer's state")
+            + "; set resume.mode=new_schedule, or resume.reset_optimizer=false"
         )
 
 

@@ -12,6 +12,8 @@ from nexa.config.rules import Check, reads
 from nexa.config.schema import Config, MixtureSource
 
 DATA_CHECKS: list[Check] = []
+STREAM = "hf:"
+"""What a `data.source` that is streamed begins with."""
 _reads = partial(reads, DATA_CHECKS)
 
 
@@ -39,6 +41,11 @@ def _mixture(key: str, sources: list[MixtureSource]) -> Iterator[str]:
         place = f"{key}[{index}]"
         if not part.path.strip():
             yield f"{place}.path='': give the packed store of this source"
+        elif part.path.startswith(STREAM):
+            yield (
+                f"{place}.path={part.path}: only data.source={part.path} alone is streamed; for a mixture make a "
+                f"packed store with nexa data prepare {part.path}"
+            )
         if part.weight is not None and part.weight <= 0:
             yield f"{place}.weight={part.weight}: must be greater than 0; leave the source out instead"
         if part.max_epochs is not None and part.max_epochs <= 0:
@@ -91,3 +98,32 @@ def _replay(cfg: Config, world_size: int | None) -> Iterator[str]:
             f"data.replay_from={shorten(origin)}: this run's own folder; give the run replayed, or this one another "
             "run.name"
         )
+
+
+@_reads("data.source", "data.tokenizer", "data.packing", "data.stages", "data.replay_from")
+def _streams(cfg: Config, world_size: int | None) -> Iterator[str]:
+    data = cfg.data
+    if not isinstance(data.source, str) or not data.source.startswith(STREAM):
+        return
+    if not data.source.removeprefix(STREAM).strip():
+        yield f"data.source={data.source}: give the name of a data set behind hf:, such as hf:allenai/c4"
+    if data.tokenizer is None:
+        yield (
+            f"data.tokenizer=null: data.source={data.source} is tokenised while it is read; give a tokenizer.json, a "
+            "directory that holds one, or bytes"
+        )
+    prepare = f"make a packed store with nexa data prepare {data.source}"
+    if data.packing != "chunk":
+        yield f"data.packing={data.packing}: data.source={data.source} is packed end to end; set chunk, or {prepare}"
+    for key, value in (("stages", data.stages), ("replay_from", data.replay_from)):
+        if value:
+            yield f"data.{key}={shorten(value)}: not together with the stream data.source={data.source}; {prepare}"
+
+
+@_reads("data.source", "data.shuffle_buffer", "data.hf_config", "data.hf_revision")
+def _only_streams(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if isinstance(cfg.data.source, str) and cfg.data.source.startswith(STREAM):
+        return
+    for key in ("shuffle_buffer", "hf_config", "hf_revision"):
+        if value := getattr(cfg.data, key):
+            yield f"data.{key}={value}: only data.source=hf:NAME reads it; give such a source, or remove this key"

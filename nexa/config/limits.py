@@ -64,6 +64,7 @@ LIMITS: dict[str, Limit] = {
     "data.sequence_length": _COUNT,
     "data.prefetch": _NONNEGATIVE,
     "data.temperature": _POSITIVE,
+    "data.shuffle_buffer": _NONNEGATIVE,
     "data.replay": Limit(0, 1, open_high=True),
     "train.steps": _COUNT,
     "train.tokens": _COUNT,

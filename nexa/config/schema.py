@@ -193,7 +193,18 @@ class DataConfig:
     """Tokens in."""
 
     source: str | list[MixtureSource] = "embedded"
-    """`embedded` (text every Python installation carries), a packed store, or a list of {path, weight, replay}."""
+    """`embedded` (text every Python installation carries), a packed store, a list of {path, weight, replay}, or
+    `hf:NAME`, a data set of the Hugging Face hub (or `hf:PATH`, a folder) that is tokenised while it is read."""
+    hf_config: str | None = None
+    """`hf:`: configuration of the data set; null is its only or default one."""
+    hf_split: str = "train"
+    """`hf:`: split that is read."""
+    hf_revision: str | None = None
+    """`hf:`: branch, tag or commit at the hub; null is the newest. With a commit the data stays the same."""
+    text_key: str = "text"
+    """`hf:`: column that holds the text."""
+    shuffle_buffer: int = 0
+    """`hf:`: documents that are read at once and permuted; 0 keeps the order of the data set."""
     temperature: float = 1.0
     """Sources whose weight is null have weights size^(1/temperature): 1 is in proportion to size, more is more even."""
     stages: list[MixtureStage] = field(default_factory=list)
@@ -275,7 +286,9 @@ class OptimConfig:
 class ScheduleConfig:
     """Learning rate over steps: a pure function of the step."""
 
-    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "infinite", "cyclic", "piecewise"] = "cosine"
+    name: Literal[
+        "constant", "linear", "cosine", "wsd", "inverse_sqrt", "infinite", "cyclic", "piecewise", "refined"
+    ] = "cosine"
     """Shape after warm-up."""
     warmup_steps: int = 0
     """Steps of linear warm-up; step s < warmup_steps has lr * (s + 1) / warmup_steps."""
@@ -295,12 +308,16 @@ class ScheduleConfig:
     """`cyclic`: steps at which the rate warms up again, in `warmup_steps` from the floor to the peak, and then falls
     as a cosine until the next of them or the end."""
     point_steps: list[int] = field(default_factory=list)
-    """`piecewise`: steps at which the rate is given; what comes before the first has its rate, after the last the
-    last one's. Warm-up comes before."""
+    """`piecewise`, `refined`: steps at which the rate is given; what comes before the first has its rate, after the
+    last the last one's. Warm-up comes before."""
     point_ratios: list[float] = field(default_factory=list)
-    """`piecewise`: the rates at these steps over the peak."""
+    """`piecewise`, `refined`: the rates at these steps over the peak."""
+    refine_from: str | None = None
+    """`refined`: folder of the finished run from whose gradient norms the points are made; the run's own config.yaml
+    then has the points, and null here. They are stretched from that run's length to this one's."""
     interpolation: Literal["step", "linear", "exponential"] = "linear"
-    """`piecewise`: between two points: the first one's rate, a straight line, or a straight line of the logarithm."""
+    """`piecewise`, `refined`: between two points: the first one's rate, a straight line, or a straight line of the
+    logarithm."""
 
 
 @dataclass
@@ -348,6 +365,8 @@ class ResumeConfig:
     none: start afresh, refused when the run directory already has checkpoints."""
     path: str | None = None
     """A checkpoint directory, or a run directory for its newest checkpoint."""
+    reset_optimizer: bool = False
+    """With new_schedule: the optimizer's moments start at zero, as between the data sets of Ibrahim et al. 2024."""
 
 
 @dataclass

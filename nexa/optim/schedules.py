@@ -114,6 +114,11 @@ def _piecewise(step: float, total: int, cfg: ScheduleConfig) -> float:
     return INTERPOLATIONS[cfg.interpolation](ratios[after - 1], ratios[after], x)
 
 
+def _refined(step: float, total: int, cfg: ScheduleConfig) -> float:
+    """The points of another run (`nexa.optim.refined`), stretched from its length to this one's."""
+    return _piecewise(step * cfg.point_steps[-1] / total, total, cfg)
+
+
 SCHEDULES: dict[str, Callable[[float, int, ScheduleConfig], float]] = {
     "constant": _constant,
     "linear": _linear,
@@ -123,6 +128,7 @@ SCHEDULES: dict[str, Callable[[float, int, ScheduleConfig], float]] = {
     "infinite": _infinite,
     "cyclic": _cyclic,
     "piecewise": _piecewise,
+    "refined": _refined,
 }
 
 

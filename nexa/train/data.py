@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.batches import Batch, ValidationRows, unique_names
+from data_pipeline.batches import Batch, TrainBatches, ValidationRows, unique_names
 from data_pipeline.store import PackedStore, available_splits, open_store
+from data_pipeline.streaming import StreamBatches
 from nexa.config.schema import Config
 from nexa.errors import UserError
 from nexa.parallel.topology import Topology
@@ -49,26 +51,49 @@ class TrainingData:
         self._pin = topology.device.type == "cuda"
         self.continue_from(0, 0)
 
-    def continue_from(self, step: int, samples: int, passed: Sequence[int] = ()) -> None:
+    def continue_from(
+        self, step: int, samples: int, passed: Sequence[int] = (), place: dict[str, Any] | None = None
+    ) -> None:
         """Let step `step` begin with sample number `samples` of the order, as after a changed batch size.
 
-        passed: `stage_starts` of the run so far.
+        passed: `stage_starts` of the run so far. place: `position` of a stream there.
         """
         self._first = samples - step * self._global
         self.stage_starts = starts_of(self._config, samples, passed)
-        self._batches = training_batches(self._config, self._sources, self.stage_starts, self._first)
+        self._batches: TrainBatches | StreamBatches = (
+            self._streamed(step, place)
+            if self._sources.stream is not None
+            else training_batches(self._config, self._sources, self.stage_starts, self._first)
+        )
+
+    def _streamed(self, step: int, place: dict[str, Any] | None) -> StreamBatches:
+        assert self._sources.stream is not None
+        return StreamBatches(
+            self._sources.stream,
+            sequence_length=self._config.data.sequence_length,
+            global_batch_size=self._global,
+            document_mask=self._config.data.document_mask,
+            vocab_size=self._config.model.vocab_size,
+            first_sample=self._first,
+            first_step=step,
+            place=place,
+            kept=self._config.data.prefetch + 8,
+        )
 
     def check(self) -> list[str]:
         """Lines about the order from here to the run's last step.
 
         Raises UserError when a source would be read more often than its `max_epochs`.
         """
+        if isinstance(self._batches, StreamBatches):
+            return self._batches.describe()
         end = self._first + self._config.total_steps * self._global
         check_epochs(self._config, self._sources, self._batches, self._first, end)
         return describe(self._config, self._sources, self._batches, self.stage_starts, end)
 
     def fetch(self, step: int) -> StepData:
-        """This rank's micro-batches of step `step`; pure, and safe to call from another thread."""
+        """This rank's micro-batches of step `step`; safe to call from another thread. Pure, but for a stream, which
+        gives one step after the other."""
         size, rank = self._topology.data_size, self._topology.data_rank
         micro_batches = []
         for index in range(self._accumulation):
@@ -85,6 +110,10 @@ class TrainingData:
         count = torch.tensor(float(local), device=device)
         dist.all_reduce(count, group=self._topology.data_group)
         return count
+
+    def position(self, step: int) -> dict[str, Any] | None:
+        """What a resume at step `step` needs beside the number of samples, in JSON: a stream's place."""
+        return self._batches.position(step)
 
     def sample_ids(self, step: int) -> list[tuple[str, int]]:
         """(source, sample) of every row of step `step`, over all ranks."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data_pipeline.hub import HubStream
 from data_pipeline.store import PackedStore
 from nexa.config import fingerprint
 from nexa.config.schema import Config
@@ -27,6 +28,7 @@ from nexa.train.hooks import build_hooks
 from nexa.train.hooks.checkpointing import CheckpointHook
 from nexa.train.hooks.console import quantity
 from nexa.train.loop import Trainer
+from nexa.train.refine import with_points
 from nexa.train.sources import data_identity, open_sources
 from nexa.train.state import RunState
 
@@ -52,13 +54,13 @@ def _compare_ranks(cfg: Config, topology: Topology) -> None:
             raise UserError(f"rank {rank} differs from rank 0 in its {what}; start all ranks from one place")
 
 
-def _tokenizer_files(cfg: Config, store: PackedStore) -> dict[str, Path]:
+def _tokenizer_files(cfg: Config, store: PackedStore | HubStream) -> dict[str, Path]:
     """What a checkpoint needs to be a tokenizer folder too, in Hugging Face's file names; nothing for bytes."""
     file = store.tokenizer_path
     if file is None and cfg.data.tokenizer not in {None, "bytes"}:
         given = Path(str(cfg.data.tokenizer))
         file = given / "tokenizer.json" if given.is_dir() else given
-    if file is None:
+    if file is None or not file.is_file():  # a store of bytes, named as the tokenizer, has none
         return {}
     beside = file.with_name("tokenizer_config.json")
     return {"tokenizer.json": file} | ({beside.name: beside} if beside.exists() else {})
@@ -99,7 +101,7 @@ def _announce(cfg: Config, topology: Topology) -> None:
 def build_trainer(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer:
     """Everything up to the first step. Data before the model: its mistakes are found in a second."""
     sources = open_sources(cfg, topology)
-    stores = sources.stores
+    first = sources.first
     data = TrainingData(cfg, topology, sources)
     validation = open_validation(cfg, topology, sources)
     identity = data_identity(cfg, sources)
@@ -108,12 +110,13 @@ def build_trainer(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer
         data.check()
     engine = Engine(cfg, topology, initial=origin is None)
     state = RunState() if origin is None else resume.restore(engine, cfg, origin, identity)
-    data.continue_from(state.step, state.samples, resume.stage_starts(origin) if state.samples else ())
+    if origin is not None and state.samples:
+        data.continue_from(state.step, state.samples, *resume.data_state(origin))
     for line in data.check():
         logger.info(line)
-    exported = config_json(cfg.model, cfg.norm, eos_token_id=stores[0].eod_id)
-    files = _tokenizer_files(cfg, stores[0])
-    if not files and (stores[0].tokenizer_hash is not None or cfg.data.tokenizer == "bytes"):
+    exported = config_json(cfg.model, cfg.norm, eos_token_id=first.eod_id)
+    files = _tokenizer_files(cfg, first)
+    if not files and (first.tokenizer_hash is not None or cfg.data.tokenizer == "bytes"):
         exported["nexa_tokenizer"] = "bytes"
     checkpoint = CheckpointHook(folder.checkpoints, exported, files, identity)
     flops = flops_per_token(cfg.model, cfg.norm, cfg.data.sequence_length)
@@ -139,6 +142,7 @@ def run(cfg: Config) -> int:
     """
     topology = connect(cfg)
     _log_to_stdout(topology.is_main)
+    cfg = with_points(cfg)
     _compare_ranks(cfg, topology)
     folder = RunFolder(cfg)
     if topology.is_main:

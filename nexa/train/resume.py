@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def choose(cfg: Config, checkpoints: Path) -> Origin | None:
     if mode in {"none", "auto"}:
         return None
     assert cfg.resume.path is not None
-    return Origin(find(cfg.resume.path), MODES[mode])
+    taken = MODES[mode]
+    return Origin(find(cfg.resume.path), replace(taken, moments=False) if cfg.resume.reset_optimizer else taken)
 
 
 def agree(topology: Topology, origin: Origin | None) -> Origin | None:
@@ -137,6 +138,8 @@ def restore(engine: Engine, cfg: Config, origin: Origin, data: dict[str, Any]) -
     return RunState(samples=old.samples if origin.mode.data and not changed else 0)
 
 
-def stage_starts(origin: Origin | None) -> list[int]:
-    """The samples at which the stages of the run that saved a checkpoint began or were to begin."""
-    return [] if origin is None else read_state(origin.path).get("stage_starts", [])
+def data_state(origin: Origin) -> tuple[list[int], dict[str, Any] | None]:
+    """The samples at which the stages of the run that saved a checkpoint began or were to begin, and the place in its
+    stream."""
+    saved = read_state(origin.path)
+    return saved.get("stage_starts", []), saved.get("stream")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from data_pipeline.batches import TrainBatches
 from data_pipeline.embedded import embedded_store
+from data_pipeline.hub import PREFIX, HubSource, HubStream
 from data_pipeline.order import Stage, first_beyond, stage_starts
 from data_pipeline.store import PackedStore, open_store
 from data_pipeline.tokenizer import load_tokenizer
@@ -37,6 +38,13 @@ class Sources:
     in_file_order: list[bool]
     max_epochs: list[float | None]
     replay: Replayed | None = None
+    stream: HubStream | None = None
+    """In the place of all stores."""
+
+    @property
+    def first(self) -> PackedStore | HubStream:
+        """The source whose tokenizer is the run's."""
+        return self.stream if self.stream is not None else self.stores[0]
 
     @property
     def every_path(self) -> list[Path]:
@@ -56,14 +64,14 @@ class Replayed:
 
 
 def open_sources(cfg: Config, topology: Topology) -> Sources:
-    """Training stores, with those of the run replayed; an embedded corpus is built on first use.
+    """Training stores, with those of the run replayed, or the stream; an embedded corpus is built on first use.
 
-    Raises UserError for a store that cannot be read, a vocabulary larger than the model's, tokenizers that differ,
-    and a run that cannot be replayed.
+    Raises UserError for a store or stream that cannot be read, a vocabulary larger than the model's, tokenizers that
+    differ, and a run that cannot be replayed.
     """
     sources = _open(cfg, topology, frozenset({Path(cfg.run.dir).resolve()}))
     stores = _with_replayed(sources)
-    for store in stores:
+    for store in [sources.stream] if sources.stream is not None else stores:
         if store.vocab_size is not None and store.vocab_size > cfg.model.vocab_size:
             raise UserError(
                 f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of {store.name} "
@@ -106,6 +114,8 @@ def _mixtures(cfg: Config, topology: Topology) -> list[tuple[str, list[MixtureSo
 
 def _open(cfg: Config, topology: Topology, seen: frozenset[Path]) -> Sources:
     """seen: folders of the runs that led here."""
+    if is_stream(cfg):
+        return Sources([], [], [], [], [], stream=_stream(cfg))
     mixtures = _mixtures(cfg, topology)
     named: dict[Path, tuple[str, MixtureSource]] = {}
     for key, parts in mixtures:
@@ -137,6 +147,26 @@ def _open(cfg: Config, topology: Topology, seen: frozenset[Path]) -> Sources:
     )
 
 
+def is_stream(cfg: Config) -> bool:
+    """Whether the data is tokenised while it is read."""
+    return isinstance(cfg.data.source, str) and cfg.data.source.startswith(PREFIX)
+
+
+def _stream(cfg: Config) -> HubStream:
+    data = cfg.data
+    assert isinstance(data.source, str) and data.tokenizer is not None
+    source = HubSource(
+        data.source.removeprefix(PREFIX),
+        data.hf_config,
+        data.hf_split,
+        data.hf_revision,
+        data.text_key,
+        data.shuffle_buffer,
+        cfg.train.seed,
+    )
+    return HubStream(source, data.tokenizer)
+
+
 def _weights(parts: list[MixtureSource], sizes: dict[Path, int], temperature: float) -> list[float]:
     """A weight for each store of `sizes` (path: tokens): the configured one, or where null its size^(1/temperature)."""
     own = {Path(part.path).resolve(): part.weight for part in parts}
@@ -155,6 +185,11 @@ def _replayed(cfg: Config, topology: Topology, seen: frozenset[Path]) -> Replaye
         if run.resolve() in seen:
             raise UserError("runs that replay each other have no beginning")
         old = load(run)
+        if is_stream(old):
+            raise UserError(
+                f"it streamed {old.data.source}, which cannot be read again from its first sample beside another "
+                f"source; prepare a packed store of it and mix that in with replay: true"
+            )
         if old.data.sequence_length != cfg.data.sequence_length:
             raise UserError(
                 f"its data.sequence_length={old.data.sequence_length} is not this run's {cfg.data.sequence_length}; "
@@ -207,6 +242,8 @@ def training_batches(cfg: Config, sources: Sources, starts: Sequence[int], first
 
 def data_identity(cfg: Config, sources: Sources) -> dict[str, Any]:
     """What the order of samples depends on, in JSON. What a run does not use is left out, limits change no order."""
+    if sources.stream is not None:
+        return {"stream": sources.stream.identity, "sequence_length": cfg.data.sequence_length}
     identity: dict[str, Any] = {
         "stores": [store.fingerprint for store in sources.stores],
         "weights": sources.mixtures[0] if isinstance(cfg.data.source, list) else [],

@@ -12,6 +12,7 @@ import pytest
 from nexa.config import check, compose
 from nexa.config.files import CONF
 from nexa.config.schema import Config, ModelConfig, Placement, ScheduleConfig
+from nexa.optim import learning_rate
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "exp").glob("*.yaml"))
 OPTIONS = sorted(
@@ -49,6 +50,11 @@ METHODS = {
 KINDS = {method: method for method in ("dyt", "seednorm", "gatednorm", "bhyt")}
 PAPERS = {"paper_dyt_7b": 4_194_304, "paper_hybridnorm_star_1b": 4_194_304}
 """Papers' own runs and the tokens of their steps."""
+CONTINUAL = ("base", "union", "new_only", "no_rewarm", "same_data", "infinite_base", "infinite")
+CPT = {f"cpt_{size}{kind}" for size in ("405m", "small") for kind in ("", *(f"_{kind}" for kind in CONTINUAL))} | {
+    "cpt_405m_german",
+    *(f"cpt_10b{kind}" for kind in ("", "_base", "_union", "_new_only")),
+}
 
 
 @functools.cache
@@ -66,7 +72,7 @@ def parameters(model: ModelConfig) -> int:
 
 
 def test_there_is_one_experiment_per_method_and_size():
-    assert set(EXPERIMENTS) == {*OTHERS, *PAPERS} | {f"{method}_{size}" for method in METHODS for size in SIZES}
+    assert set(EXPERIMENTS) == {*OTHERS, *PAPERS, *CPT} | {f"{method}_{size}" for method in METHODS for size in SIZES}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -76,7 +82,7 @@ def test_experiment_composes_and_validates(name: str):
     assert (config.run.name, config.run.dir) == (name, f"runs/{name}")
     if name in PAPERS:
         assert config.train.global_batch_size * config.data.sequence_length == PAPERS[name]
-    if name in OTHERS or name in PAPERS:
+    if name in OTHERS or name in PAPERS or name in CPT:
         return
     method, size = name.rsplit("_", 1)
     assert check(config, 8) == []
@@ -88,6 +94,43 @@ def test_experiment_composes_and_validates(name: str):
     assert config.schedule.name == "cosine" and config.schedule.min_lr_ratio == 0.1
     assert config.schedule.warmup_steps * 10 == config.total_steps
     assert config.train.precision == "bf16" and config.train.grad_clip == 1.0
+
+
+@pytest.mark.parametrize(("size", "peak", "count"), [("405m", 3e-4, 405_334_016), ("10b", 1.2e-4, 9_642_249_216)])
+def test_continual_experiments_have_the_papers_numbers(size: str, peak: float, count: int):
+    base, following = composed(f"+exp=cpt_{size}_base"), composed(f"+exp=cpt_{size}")
+    for config in (base, following):
+        assert config.train.global_batch_size * config.data.sequence_length == 2_260_992
+        assert config.total_steps == 132_686 and config.schedule.warmup_steps == round(0.01 * config.total_steps)
+        assert (config.optim.lr, config.schedule.min_lr_ratio, config.schedule.name) == (peak, 0.1, "cosine")
+        assert parameters(config.model) == pytest.approx(count, rel=1e-3)
+    assert (following.data.replay_from, following.data.replay, following.resume.path) == (
+        base.run.dir,
+        0.05,
+        base.run.dir,
+    )
+    assert (following.resume.mode, following.resume.reset_optimizer) == ("new_schedule", True)
+    union = composed(f"+exp=cpt_{size}_union")
+    assert union.total_steps == pytest.approx(2 * base.total_steps, abs=1)
+
+
+@pytest.mark.parametrize("size", ["405m", "small"])
+def test_continual_baselines_differ_in_one_thing(size: str):
+    base, trunk = composed(f"+exp=cpt_{size}_base"), composed(f"+exp=cpt_{size}_infinite_base")
+    floor = base.optim.lr * base.schedule.min_lr_ratio
+
+    def rate(name: str, step: int) -> float:
+        config = composed(f"+exp=cpt_{size}{name}")
+        return learning_rate(step, config.optim.lr, config.total_steps, config.schedule)
+
+    last = base.total_steps - 1
+    assert rate("_base", last) == pytest.approx(floor, rel=1e-3)
+    assert rate("_no_rewarm", 0) == rate("_no_rewarm", last) == pytest.approx(floor)
+    assert rate("_same_data", last // 2) == rate("_base", last // 2) == rate("", last // 2)
+    assert rate("_infinite", 0) == pytest.approx(rate("_infinite_base", last)) == pytest.approx(0.55 * base.optim.lr)
+    assert rate("_infinite", base.total_steps) == pytest.approx(floor)
+    assert composed(f"+exp=cpt_{size}_infinite").resume.path == trunk.run.dir
+    assert composed(f"+exp=cpt_{size}_same_data").data.source == base.data.source
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -108,8 +151,11 @@ def test_shrinking_from_the_command_line():
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_group_option_composes_and_validates(option: str):
-    given = ["data.source=store"] if option == "data=packed" else []
-    config = compose(["+exp=quickstart", option, *given])
+    given = {
+        "data=packed": ["data.source=store"],
+        "schedule=refined": ["schedule.refine_from=runs/old", "schedule.warmup_steps=0"],
+    }
+    config = compose(["+exp=quickstart", option, *given.get(option, [])])
     assert check(config, 1) == []
 
 

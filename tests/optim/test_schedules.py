@@ -62,11 +62,12 @@ def test_infinite_golden_values(shape: str, at_3050: float) -> None:
         "infinite", warmup_steps=100, min_lr_ratio=0.1, decay_fraction=0.1, cooldown_fraction=0.59,
         cooldown_shape=shape, constant_lr_ratio=0.55,  # type: ignore[arg-type]
     )  # fmt: skip
-    rate = {s: learning_rate(s, 3e-4, 10000, cfg) for s in (49, 3050, 6000, 9000, 9500, 10000)}
+    rate = {s: learning_rate(s, 3e-4, 10000, cfg) for s in (49, 99, 100, 3050, 6000, 7500, 9000, 9500, 10000)}
     assert rate[49] == pytest.approx(1.5e-4)
+    assert rate[99] == rate[100] == pytest.approx(3e-4)
     assert rate[3050] == pytest.approx(at_3050, rel=1e-4)
     assert rate[6000] == pytest.approx(1.65e-4)
-    assert rate[9000] == pytest.approx(1.65e-4)
+    assert rate[7500] == rate[9000] == pytest.approx(1.65e-4)
     assert rate[9500] == pytest.approx(7.0356e-5, rel=1e-4)
     assert rate[10000] == pytest.approx(3e-5)
 

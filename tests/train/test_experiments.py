@@ -47,11 +47,17 @@ OTHER_SIZES = {name for name in EXPERIMENTS if any(name.endswith(f"_{size}") for
     name for name in EXPERIMENTS if name.startswith("paper_")
 }
 """Experiments that shrunk to one size are the 71m ones again."""
+ALIKE = {name for name in EXPERIMENTS if name.startswith("cpt_")} - {"cpt_405m", "cpt_405m_infinite", "cpt_small_base"}
+"""Experiments that differ in data and in what they start from, which this test takes away."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHER_SIZES)) for n in EXPERIMENTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHER_SIZES | ALIKE)) for n in EXPERIMENTS]
+)
 def test_two_steps(name: str, topology: Topology, embedded_cache: Path, tmp_path: Path) -> None:
-    new = ["resume.mode=auto", "resume.path=null"]  # also what goes on from a trained model begins anew here
+    # also what goes on from a trained model begins anew here
+    new = ["resume.mode=auto", "resume.path=null", "resume.reset_optimizer=false", "data.source=embedded"]
+    new += ["data.replay_from=null", "data.replay=null"]
     cfg = compose([f"+exp={name}", *SHRINK, *new, f"data.cache_dir={embedded_cache}", f"run.dir={tmp_path}"])
     assert check(cfg, world_size=1) == []
     folder = RunFolder(cfg)

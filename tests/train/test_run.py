@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nexa.checkpoint.catalog import list_checkpoints, read_state
 from tests.conftest import REPOSITORY, run_command
 
 TINY = [
@@ -197,6 +198,15 @@ def test_resume_modes(unbroken: Path, embedded_cache: Path, tmp_path: Path) -> N
     again = rows(tmp_path / "new")
     assert again[0]["lr"] == pytest.approx(2.5e-4), "the config's rate, from its first step"
     assert again[0]["step"] == 1
+
+    reset = ("resume.mode=new_schedule", source, "resume.reset_optimizer=true", "train.steps=4")
+    train(embedded_cache, tmp_path / "reset", *reset)
+    # fresh moments and the schedule's first rate, as weights_only, but on the samples that come next
+    assert rows(tmp_path / "reset")[0]["lr"] == fresh[0]["lr"]
+    assert rows(tmp_path / "reset")[0]["loss"] == again[0]["loss"] != fresh[0]["loss"]
+    assert rows(tmp_path / "reset")[1]["loss"] != again[1]["loss"]
+    first = read_state(list_checkpoints(tmp_path / "reset" / "checkpoints")[-1])["state"]
+    assert first["samples"] == read_state(list_checkpoints(tmp_path / "new" / "checkpoints")[-1])["state"]["samples"]
 
     train(embedded_cache, tmp_path / "continued", "resume.mode=continue", f"{source}/checkpoints/step_00000008")
     assert [row["step"] for row in rows(tmp_path / "continued")] == [9, 10, 11, 12]

@@ -44,6 +44,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.finish(load_tokenizer("bytes"), {})
     later = [{"at_tokens": 50, "source": [{"path": f"{root}/older"}, {"path": f"{root}/old"}]}]
     save(root / "run", source=f"{root}/old", stages=later, seed=5)
+    save(root / "streamed", source="hf:x/y", tokenizer="bytes")
     save(root / "second", source=f"{root}/c", replay=0.5, replay_from=f"{root}/run", seed=6)
     return root
 
@@ -243,6 +244,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"source": [{"path": "a", "weight": 1e9}, {"path": "b"}]}, r"data\.source\[1\]\.weight: 1\.0 is less than one"),
     ({"source": "a", "replay": 0.1, "replay_from": "nowhere"}, r"data\.replay_from=.*nowhere: .*no such file"),
+    (
+        {"source": "a", "replay": 0.1, "replay_from": "streamed"},
+        r"data\.replay_from=streamed: it streamed hf:x/y, which",
+    ),
     ({"source": "a", "replay": 0.1, "replay_from": "run", "sequence_length": 5}, r"length=4 is not this run's 5"),
 ]
 
