@@ -95,7 +95,7 @@ def test_a_schedule_that_was_not_run_is_predicted(fitted, capsys, tmp_path):
     printed = json.loads(call(capsys, "predict", fitted / "law.json", tmp_path / "spec.yaml", "--out", tmp_path))
     rows = list(csv.DictReader((tmp_path / "planned.csv").open()))
     assert rows[-1]["step"] == str(TOTAL - 1)
-    assert rows[0]["loss"] == ""
+    assert rows[0]["loss"] == "nan"
     assert float(rows[-1]["predicted"]) == pytest.approx(printed["curves"][0]["final"])
 
 

@@ -197,7 +197,8 @@ def from_run(folder: Path, loss_key: str = "loss") -> Curve:
     from nexa.config.files import load as load_config
 
     path = folder / "metrics.jsonl"
-    rates = from_config(load_config(folder))
+    cfg = load_config(folder)
+    rates = from_config(cfg)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -213,9 +214,14 @@ def from_run(folder: Path, loss_key: str = "loss") -> Curve:
         for name, key in zip(COLUMNS, ("step", "lr", loss_key), strict=True):
             columns[name].append(_finite(row.get(key), f"{path} line {number}: {key}"))
     if not columns["step"]:
-        raise UserError(f"{path}: no row has {loss_key!r}; give a key of its rows with --loss, or a run that has trained")
+        raise UserError(
+            f"{path}: no row has {loss_key!r}; give a key of its rows with --loss, or a run that has trained"
+        )
     name = folder.resolve().name
-    return checked(str(folder), f"{name}.csv", rates, columns, offset=1)
+    curve = checked(str(folder), f"{name}.csv", rates, columns, offset=1)
+    if cfg.resume.path:
+        curve.notes.append(f"{folder}: goes on from {cfg.resume.path}, whose rates no law here takes into account")
+    return curve
 
 
 def checked(

@@ -170,8 +170,8 @@ def _samples(content: dict[str, Any], width: int, path: str | Path) -> list[list
 
 
 def prediction_csv(curve: Curve, predicted: Floats) -> str:
-    """`step,lr,loss,predicted`, one line for every row of the curve; a cell is empty where there is no number."""
+    """`step,lr,loss,predicted`, one line for every row of the curve; nan where there is none."""
     lines = [["step", "lr", "loss", "predicted"]]
     for step, *numbers in zip(curve.step, curve.lr, curve.loss, predicted, strict=True):
-        lines.append([str(step), *(f"{value:.10g}" if math.isfinite(value) else "" for value in numbers)])
+        lines.append([str(step), *(f"{value:.10g}" if math.isfinite(value) else "nan" for value in numbers)])
     return "".join(",".join(line) + "\n" for line in lines)

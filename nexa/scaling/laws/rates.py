@@ -23,6 +23,8 @@ Floats = NDArray[np.float64]
 TOGETHER = {"peak_lr", "min_lr", "total_steps", "points"}
 """Keys of a schedule in a law file that the trainer's schedule does not have."""
 
+POINTED = ("piecewise", "refined")
+"""Schedules made of points, which have no other lowest rate."""
 MOST_STEPS = 10_000_000
 """A law looks at every step."""
 
@@ -102,7 +104,7 @@ def _trainers(mapping: Mapping[str, Any], where: str) -> tuple[dict[str, Any], f
     total = _steps(mapping, "total_steps", where, least=1)
     if "min_lr" in mapping:
         own["min_lr_ratio"] = _number(mapping, "min_lr", where, least=0) / peak
-    elif "min_lr_ratio" not in mapping and name not in ("constant", "piecewise"):
+    elif "min_lr_ratio" not in mapping and name not in ("constant", *POINTED):
         raise UserError(f"{where}: schedule has no min_lr; give the final rate (min_lr) or its share of peak_lr")
     return own, peak, total
 
@@ -137,12 +139,14 @@ def _check(schedule: ScheduleConfig, total: int, where: str) -> None:
         raise UserError(f"{where}: schedule.warmup_steps={schedule.warmup_steps}; give less than all {total} steps")
     exponential = schedule.name == "infinite" or (schedule.name == "wsd" and schedule.decay_shape == "exponential")
     zero = (exponential and schedule.min_lr_ratio <= 0) or (
-        schedule.name == "piecewise" and schedule.interpolation == "exponential" and 0 in schedule.point_ratios
+        schedule.name in POINTED and schedule.interpolation == "exponential" and 0 in schedule.point_ratios
     )
     if zero:
         raise UserError(f"{where}: an exponential decay never reaches 0; give a final rate above 0")
-    if schedule.name == "piecewise" and not 0 < len(schedule.point_steps) == len(schedule.point_ratios):
-        raise UserError(f"{where}: schedule piecewise needs points: [[step, rate], …]")
+    if schedule.name in POINTED and not 0 < len(schedule.point_steps) == len(schedule.point_ratios):
+        raise UserError(
+            f"{where}: schedule {schedule.name} needs points: [[step, rate], …], or point_steps and point_ratios"
+        )
 
 
 def from_config(cfg: Config) -> Rates:

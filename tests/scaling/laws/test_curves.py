@@ -144,6 +144,10 @@ def test_a_run_folder_needs_no_spec(tmp_path):
     assert np.flatnonzero(curve.fitted).tolist() == [2, 3, 4, 5]
     (curve,) = load([folder], "val/x/loss")
     assert curve.loss.tolist() == [5.0, 6.0, 8.0, 9.0, 10.0]
+    assert curve.notes == []
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("  path: null", "  path: runs/before"))
+    assert "goes on from runs/before" in load([folder])[0].notes[0]
     with pytest.raises(UserError, match="no row has 'val/y/loss'"):
         load([folder], "val/y/loss")
     with pytest.raises(UserError, match=r"run\.csv occurs twice"):

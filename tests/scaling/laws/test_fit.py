@@ -82,7 +82,7 @@ def test_one_schedule_is_ill_posed():
 
 
 def test_what_cannot_be_told_apart_is_said():
-    law = LAWS["multipower"]()
+    law = LAWS["multipower"](warmup="interpretable")
     found = fit(law, made(law, MULTIPOWER, every=60), prior=0)
     assert any("ill-conditioned" in text for text in found.warnings)
     found = fit(law, made(law, MULTIPOWER, every=60))

@@ -66,6 +66,11 @@ def test_equal_schedules_are_counted_once():
         ({"name": "piecewise", "points": [[0, 1e-3]]}, "at least two"),
         ({"name": "piecewise", "points": [[0, 1e-3], [0, 1e-4]]}, "must increase"),
         ({"name": "piecewise"}, "needs points"),
+        ({"name": "refined"}, "needs points"),
+        (
+            {"name": "refined", "point_steps": [0], "point_ratios": [0.0], "interpolation": "exponential"},
+            "never reaches",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
