@@ -170,7 +170,7 @@ def _samples(content: dict[str, Any], width: int, path: str | Path) -> list[list
 
 
 def prediction_csv(curve: Curve, predicted: Floats) -> str:
-    """`step,lr,loss,predicted`, one line for every row of the curve; nan where there is none."""
+    """`step,lr,loss,predicted`, one line for every row of the curve; nan where there is no number."""
     lines = [["step", "lr", "loss", "predicted"]]
     for step, *numbers in zip(curve.step, curve.lr, curve.loss, predicted, strict=True):
         lines.append([str(step), *(f"{value:.10g}" if math.isfinite(value) else "nan" for value in numbers)])
