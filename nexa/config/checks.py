@@ -369,12 +369,12 @@ def _two_betas(cfg: Config, world_size: int | None) -> Iterator[str]:
 @_reads("resume.mode", "resume.path", "resume.reset_optimizer")
 def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
     mode, path = cfg.resume.mode, cfg.resume.path
-    if mode in ("continue", "weights_only", "new_schedule") and not path:
+    if mode in ("continue", "weights_only", "new_schedule", "branch") and not path:
         yield f"resume.path={shorten(path)}: resume.mode={mode} needs a checkpoint or run directory"
     elif mode in ("auto", "none") and path is not None:
         yield (
             f"resume.path={shorten(path)}: resume.mode={mode} does not read it; "
-            "set resume.mode=continue, weights_only or new_schedule, or resume.path=null"
+            "set resume.mode=continue, weights_only, new_schedule or branch, or resume.path=null"
         )
     if cfg.resume.reset_optimizer and mode != "new_schedule":
         yield (

@@ -228,6 +228,7 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
         "resume.reset_optimizer=true: resume.mode=weights_only resets it anyway; set resume.mode=new_schedule",
     ),
     ({"resume__reset_optimizer": True}, None, "resume.mode=auto keeps the optimizer's state"),
+    ({"resume__mode": "branch"}, None, "resume.mode=branch needs a checkpoint"),
     ({"resume__path": "runs/a"}, None, "resume.path=runs/a: resume.mode=auto does not read it"),
     ({"checkpoint__permanent_every": 700}, None, "not a multiple of checkpoint.every=500"),
     ({"checkpoint__every": 0, "checkpoint__permanent_every": 10}, None, "no checkpoints are written"),

@@ -53,6 +53,8 @@ PAPERS = {"paper_dyt_7b": 4_194_304, "paper_hybridnorm_star_1b": 4_194_304}
 CONTINUAL = ("base", "union", "new_only", "no_rewarm", "same_data", "infinite_base", "infinite")
 CPT = {f"cpt_{size}{kind}" for size in ("405m", "small") for kind in ("", *(f"_{kind}" for kind in CONTINUAL))} | {
     "cpt_405m_german",
+    "annealing_405m",
+    "annealing_small",
     *(f"cpt_10b{kind}" for kind in ("", "_base", "_union", "_new_only")),
 }
 
@@ -119,17 +121,21 @@ def test_continual_baselines_differ_in_one_thing(size: str):
     base, trunk = composed(f"+exp=cpt_{size}_base"), composed(f"+exp=cpt_{size}_infinite_base")
     floor = base.optim.lr * base.schedule.min_lr_ratio
 
-    def rate(name: str, step: int) -> float:
-        config = composed(f"+exp=cpt_{size}{name}")
-        return learning_rate(step, config.optim.lr, config.total_steps, config.schedule)
+    def rate(name: str, step: int, peak: float = base.optim.lr) -> float:
+        config = composed(f"+exp={name}" if name.startswith("annealing") else f"+exp=cpt_{size}{name}")
+        return learning_rate(step, peak, config.total_steps, config.schedule)
 
     last = base.total_steps - 1
     assert rate("_base", last) == pytest.approx(floor, rel=1e-3)
-    assert rate("_no_rewarm", 0) == rate("_no_rewarm", last) == pytest.approx(floor)
+    constant = composed(f"+exp=cpt_{size}_no_rewarm").optim.lr
+    assert rate("_no_rewarm", 0, constant) == rate("_no_rewarm", last, constant) == pytest.approx(floor)
     assert rate("_same_data", last // 2) == rate("_base", last // 2) == rate("", last // 2)
-    assert rate("_infinite", 0) == pytest.approx(rate("_infinite_base", last)) == pytest.approx(0.55 * base.optim.lr)
-    assert rate("_infinite", base.total_steps) == pytest.approx(floor)
-    assert composed(f"+exp=cpt_{size}_infinite").resume.path == trunk.run.dir
+    reached = rate("_infinite_base", last)
+    assert reached == pytest.approx(0.55 * base.optim.lr)
+    for name in ("_infinite", f"annealing_{size}"):
+        branch = composed(f"+exp={name}" if name.startswith("annealing") else f"+exp=cpt_{size}{name}")
+        assert (branch.resume.mode, branch.resume.path) == ("branch", trunk.run.dir)
+        assert rate(name, 0, reached) == reached and rate(name, branch.total_steps, reached) == pytest.approx(floor)
     assert composed(f"+exp=cpt_{size}_same_data").data.source == base.data.source
 
 

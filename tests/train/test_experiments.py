@@ -47,7 +47,11 @@ OTHER_SIZES = {name for name in EXPERIMENTS if any(name.endswith(f"_{size}") for
     name for name in EXPERIMENTS if name.startswith("paper_")
 }
 """Experiments that shrunk to one size are the 71m ones again."""
-ALIKE = {name for name in EXPERIMENTS if name.startswith("cpt_")} - {"cpt_405m", "cpt_405m_infinite", "cpt_small_base"}
+ALIKE = {name for name in EXPERIMENTS if name.startswith(("cpt_", "annealing_"))} - {
+    "cpt_405m",
+    "cpt_405m_infinite",
+    "cpt_small_base",
+}
 """Experiments that differ in data and in what they start from, which this test takes away."""
 
 
