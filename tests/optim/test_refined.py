@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import median_filter
 
@@ -28,6 +28,7 @@ def by_sums(norms: list[float]) -> list[float]:
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30))
+@settings(max_examples=50, deadline=None)
 def test_the_rates_are_the_papers_sums(norms: list[float]) -> None:
     assert refined_ratios(np.array(norms)).tolist() == pytest.approx(by_sums(norms), rel=1e-9, abs=1e-12)
 
