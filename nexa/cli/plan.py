@@ -23,6 +23,7 @@ examples:
   nexa plan +exp=mixln_1b --gpus 8 --gpu H100                 fit, step time, length of the run
   nexa plan +exp=pre_7b --gpus 8 --memory-gib 80 --json       another GPU, by its memory
   nexa plan +exp=pre_1b train.micro_batch_size=64 --gpu A100-80GB --price-per-hour 2.5
+  nexa plan +exp=pre_130m --suggest                           and what published laws say of its hyper-parameters
 
 Flags stand before or after the overrides, not between them. Exit code 0: fits, or nothing is known about the GPU;
 1: does not fit; 2: a mistake, which the message explains.
@@ -57,6 +58,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--network-gbps", type=_positive, default=400.0, metavar="X", help="Gbit/s per GPU between nodes (default 400)"
+    )
+    parser.add_argument("--suggest", action="store_true", help="also hyper-parameters of published laws (docs/laws.md)")
+    parser.add_argument(
+        "--proxy-width",
+        type=_positive,
+        metavar="N",
+        help="with --suggest: width at which optim.lr and optim.weight_decay were tuned, for rules of width",
     )
     parser.add_argument("--price-per-hour", type=_positive, metavar="X", help="price of one GPU for an hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
@@ -106,6 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
     if problems:
         raise ConfigError(problems)
     found = report(cfg, arguments)
+    if arguments.suggest:
+        found["suggestions"] = suggestions(cfg, arguments.proxy_width)
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(_lines(found)))
     return EXIT_DOES_NOT_FIT if found["memory"]["fits"] is False else 0
 
@@ -162,6 +172,14 @@ def report(cfg: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         "changes": [_option(each, other, planner) for each, other in changes],
         "quickest": None if quickest is None else _option(*quickest, planner),
     }
+
+
+def suggestions(cfg: Config, proxy_width: float | None) -> list[dict[str, Any]]:
+    """What published laws say of the run's hyper-parameters, one row for each law."""
+    from nexa.scaling.hyper import suggest
+    from nexa.scaling.sizes.runs import describe
+
+    return [dataclasses.asdict(each) for each in suggest(describe(cfg), proxy_width)]
 
 
 def _run(cfg: Config, planner: Planner) -> dict[str, Any]:
@@ -257,6 +275,17 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from _time_lines(found["time"], gpu)
     yield from _advice(found)
+    yield from _suggestion_lines(found.get("suggestions", []))
+
+
+def _suggestion_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    if rows:
+        yield "\npublished laws (what this run has, what the law says)"
+    for row in rows:
+        unit = f" {row['unit']}" if row["unit"] else ""
+        yield f"  {row['key']:<24} {row['current']:<10.4g} {row['value']:<10.4g}{unit}  [{row['source']}; {row['note']}]"
+        for text in row["outside"]:
+            yield f"  {'':<24} outside: {text}"
 
 
 def _memory_lines(memory: dict[str, Any], gpu: dict[str, Any]) -> Iterator[str]:
