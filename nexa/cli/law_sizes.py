@@ -37,10 +37,14 @@ def add_parsers(commands: Any) -> None:
 
 def _scaling_fit_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "fit", help="fit the law to runs", description="Fit the law to runs on fresh data; writes FILE, prints a summary."
+        "fit",
+        help="fit the law to runs",
+        description="Fit the law to runs on fresh data; writes FILE, prints a summary.",
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUNS", help="CSV files with columns parameters,tokens,loss, or finished run folders")
+    add(
+        "runs", nargs="+", metavar="RUNS", help="CSV files with columns parameters,tokens,loss, or finished run folders"
+    )
     add("--loss", default="loss", metavar="KEY", help="key of metrics.jsonl in run folders (default: loss)")
     add("--tied", action="store_true", help="alpha = beta: the over-training law of Gadre et al.")
     add("--bootstrap", type=int, default=0, metavar="N", help="replicates for intervals (default: 0, none)")

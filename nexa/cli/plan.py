@@ -279,13 +279,17 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _suggestion_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    from nexa.scaling.hyper import WORDS
+
     if rows:
-        yield "\npublished laws (what this run has, what the law says)"
+        yield f"\n{'published laws':<25} {'here':<9} {'law':<9}"
     for row in rows:
+        ranges = [f"{low:.2g} to {high:.2g} {WORDS[name]}" for name, (low, high) in row["ranges"].items()]
         unit = f" {row['unit']}" if row["unit"] else ""
-        yield f"  {row['key']:<24} {row['current']:<10.4g} {row['value']:<10.4g}{unit}  [{row['source']}; {row['note']}]"
+        yield f"  {row['key']:<23} {row['current']:<9.4g} {row['value']:<9.4g}{unit}  {row['source']}"
+        yield f"    {'; '.join([*ranges, row['note']])}"
         for text in row["outside"]:
-            yield f"  {'':<24} outside: {text}"
+            yield f"    OUTSIDE ITS RANGE: {text}"
 
 
 def _memory_lines(memory: dict[str, Any], gpu: dict[str, Any]) -> Iterator[str]:

@@ -113,7 +113,7 @@ RULES: list[Rule] = [
         lambda run: run.lr,
         _STEP_LAW,
         "Step Law, arXiv 2503.04715",
-        "AdamW .9/.95, weight decay .1, cosine to 1e-5, 2000 steps of warm-up; other optimizers need a fit of their own",
+        "AdamW .9/.95, weight decay .1, cosine to 1e-5, 2000 steps of warm-up; others need a fit of their own",
     ),
     Rule(
         "train.global_batch_size",
@@ -157,13 +157,15 @@ WORDS = {"inner": "parameters without embeddings", "size": "parameters", "tokens
 
 
 def suggest(run: Run, proxy_width: float | None = None) -> list[Suggestion]:
-    """All rules on a run; with `proxy_width`, the width at which its rate and weight decay were tuned, those of width."""
+    """All rules on a run; those of width too with `proxy_width`, at which its rate and weight decay were tuned."""
     rules = RULES if proxy_width is None else [*RULES, *_width_rules(proxy_width)]
     return [_applied(rule, run) for rule in rules]
 
 
 def _width_rules(proxy: float) -> list[Rule]:
-    note = f"tuned at width {proxy:g}; of hidden matrices only, embeddings and vectors keep theirs, vectors without decay"
+    note = (
+        f"tuned at width {proxy:g}; of hidden matrices only, embeddings and vectors keep theirs, vectors without decay"
+    )
     return [
         Rule(
             "lr of matrices",

@@ -65,14 +65,14 @@ PUBLISHED: dict[str, tuple[Chinchilla, str]] = {
         "Muennighoff et al. 2023 (arXiv 2305.16264), C4",
     ),
 }
-"""Name -> law and source. Losses of different tokenizers and data do not compare: use differences, or a fit of yours."""
+"""Name -> law and source. Losses with other tokenizers and data do not compare: use differences, or a fit of yours."""
 
 
 def average_parameters(parts: Sequence[tuple[float, float]]) -> float:
     """N averaged over training tokens, of (parameters, tokens) of each part of a run that grew or was pruned.
 
-    The N that belongs into the law, and into C = 6 N D ("Journey Matters": shown for pruning of 58M to 468M, not for
-    growth).
+    The N that belongs into the law, and into C = 6 N D (Jin et al., ICLR 2025: shown for pruning of 58M to 468M
+    parameters; for growth a hypothesis).
     """
     tokens = sum(part[1] for part in parts)
     return sum(size * count for size, count in parts) / tokens

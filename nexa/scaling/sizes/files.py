@@ -54,7 +54,9 @@ def numbers(table: Mapping[str, Sequence[str]], name: str, path: str | Path, *, 
         except ValueError:
             value = math.nan
         if not (0 < value < math.inf or (zero and value == 0)):
-            raise UserError(f"{path} run {number}: {name} is {cell!r}; give a number {'of at least' if zero else 'above'} 0")
+            raise UserError(
+                f"{path} run {number}: {name} is {cell!r}; give a number {'of at least' if zero else 'above'} 0"
+            )
         found.append(value)
     return np.array(found)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nexa.train.loop import Trainer
 
 logger = logging.getLogger("nexa")
-OWN = ("auto", "none")
+OWN = ("auto", "none", "continue")
 """`resume.mode` of runs whose schedule began with their weights; what other modes start from no law here knows."""
 
 
