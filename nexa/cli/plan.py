@@ -279,15 +279,15 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _suggestion_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
-    from nexa.scaling.hyper import WORDS
+    from nexa.scaling.hyper import WORDS, amount
 
     if rows:
-        yield f"\n{'published laws':<25} {'here':<9} {'law':<9}"
+        yield f"\n{'published laws':<25} {'here':<9} law"
     for row in rows:
-        ranges = [f"{low:.2g} to {high:.2g} {WORDS[name]}" for name, (low, high) in row["ranges"].items()]
+        ranges = [f"{amount(low)} to {amount(high)} {WORDS[name]}" for name, (low, high) in row["ranges"].items()]
         unit = f" {row['unit']}" if row["unit"] else ""
         yield f"  {row['key']:<23} {row['current']:<9.4g} {row['value']:<9.4g}{unit}  {row['source']}"
-        yield f"    {'; '.join([*ranges, row['note']])}"
+        yield f"    {'; '.join([', '.join(ranges), row['note']] if ranges else [row['note']])}"
         for text in row["outside"]:
             yield f"    OUTSIDE ITS RANGE: {text}"
 

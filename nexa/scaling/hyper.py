@@ -156,6 +156,14 @@ RULES: list[Rule] = [
 WORDS = {"inner": "parameters without embeddings", "size": "parameters", "tokens": "tokens"}
 
 
+def amount(value: float) -> str:
+    """'4.55M', '60M', '100B'."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
 def suggest(run: Run, proxy_width: float | None = None) -> list[Suggestion]:
     """All rules on a run; those of width too with `proxy_width`, at which its rate and weight decay were tuned."""
     rules = RULES if proxy_width is None else [*RULES, *_width_rules(proxy_width)]
@@ -190,7 +198,7 @@ def _width_rules(proxy: float) -> list[Rule]:
 
 def _applied(rule: Rule, run: Run) -> Suggestion:
     outside = [
-        f"{getattr(run, name):.3g} {WORDS[name]}, the law is from {low:.3g} to {high:.3g}"
+        f"{amount(getattr(run, name))} {WORDS[name]}, the law is from {amount(low)} to {amount(high)}"
         for name, (low, high) in rule.ranges.items()
         if not low <= getattr(run, name) <= high
     ]

@@ -118,7 +118,11 @@ def write_run(folder, share, ratio, capsys):
     from nexa.optim import learning_rate
 
     rows = [
-        {"step": s, "lr": learning_rate(s - 1, cfg.optim.lr, cfg.total_steps, cfg.schedule), "loss": LAW.loss(size, tokens)}
+        {
+            "step": s,
+            "lr": learning_rate(s - 1, cfg.optim.lr, cfg.total_steps, cfg.schedule),
+            "loss": LAW.loss(size, tokens),
+        }
         for s in range(1, cfg.total_steps + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -77,8 +77,8 @@ def test_every_rule_speaks_of_the_run():
 def test_outside_its_range():
     rows = {row.key: row for row in suggest(dataclasses.replace(RUN, inner=5e7, tokens=2e11))}
     assert rows["optim.lr"].outside == [
-        "5e+07 parameters without embeddings, the law is from 6e+07 to 1e+09",
-        "2e+11 tokens, the law is from 2e+09 to 1e+11",
+        "50M parameters without embeddings, the law is from 60M to 1B",
+        "200B tokens, the law is from 2B to 100B",
     ]
     assert rows["optim.betas[1]"].outside == []
 

@@ -132,7 +132,7 @@ def _fit(u: Floats, v: Floats, logs: Floats, counts: Floats, centre: Floats) -> 
         noise = np.median(np.abs(residuals) * np.sqrt(counts)) / 0.6745
         sigma = np.sqrt(noise**2 / counts + MISFIT**2)
     theta, _, hessian = _descend(u, v, logs, sigma, theta, centre)
-    return theta, np.linalg.inv(hessian)
+    return theta, np.asarray(np.linalg.inv(hessian), dtype=np.float64)
 
 
 def _descend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -61,7 +62,7 @@ PUBLISHED: dict[str, tuple[Chinchilla, str]] = {
         "Besiroglu et al. 2024 (arXiv 2404.10102), refit",
     ),
     "c4": (
-        Chinchilla(*np.exp([0.6254804, 6.255414, 7.3049974]).tolist(), 0.3526596, 0.3526596),
+        Chinchilla(math.exp(0.6254804), math.exp(6.255414), math.exp(7.3049974), 0.3526596, 0.3526596),
         "Muennighoff et al. 2023 (arXiv 2305.16264), C4",
     ),
 }
