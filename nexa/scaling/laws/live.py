@@ -24,12 +24,12 @@ FORGOTTEN = 0.1
 HORIZON = 0.03
 """1 / (1 - lambda) as a share of all updates."""
 CENTRE = (1.0, 0.045, 0.55, 0.08)
-SPREAD = np.array([1.0, 0.7, 0.3, 0.4])
+SPREAD = np.array([1.0, 0.7, 0.3, 0.5])
 """Normal priors on the logarithms of: L0 and A over the loss now, alpha, and C over the loss now."""
 RATE, RATES, WITH_RATE = 1e-3, (1e-4, 3e-3), (0.0, -0.4, 0.0, 0.33)
 """`CENTRE` is for a peak rate of `RATE`; by which powers of the peak it changes, within `RATES`. Centres, spreads and
 powers are those of fits to complete public runs of AdamW, 25M to 166M parameters, peak 1e-4 to 3e-3."""
-MISFIT, AHEAD = 0.003, 0.012
+MISFIT, AHEAD = 0.004, 0.02
 """Least standard deviations, relative, however little noise there is: of a bin, and of the end seen from the start."""
 STEPS = 30
 NORMAL = 1.96
