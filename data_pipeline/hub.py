@@ -147,27 +147,37 @@ class HubStream:
         return ids, opens
 
 
-def _open(source: HubSource) -> Any:
-    """The data set as a stream (`datasets.IterableDataset`)."""
+def open_dataset(
+    name: str, config: str | None, split: str, revision: str | None, *, streaming: bool, what: str, hint: str
+) -> Any:
+    """A `datasets.Dataset`, or with `streaming` an `IterableDataset`: of the hub, of files, or saved to disk.
+
+    what, hint: beginning and end of the message of the UserError that is raised when it cannot be had.
+    """
     import datasets
 
-    path = Path(source.name).expanduser()
+    path = Path(name).expanduser()
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved: Any = datasets.load_from_disk(str(path))
-            return (saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved).to_iterable_dataset()
-        return datasets.load_dataset(
-            str(path) if path.exists() else source.name,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
-        )
+            data = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            return data.to_iterable_dataset() if streaming else data
+        place = str(path) if path.exists() else name
+        return datasets.load_dataset(place, config, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # the library raises many kinds; all mean that the data set cannot be had
-        raise UserError(
-            f"data.source={PREFIX}{source.name}: the data set cannot be opened ({_reason(error)}); see data.hf_config, "
-            "data.hf_split and data.hf_revision, or give the path of a copy on disk"
-        ) from None
+        raise UserError(f"{what}: the data set cannot be opened ({_reason(error)}); {hint}") from None
+
+
+def _open(source: HubSource) -> Any:
+    return open_dataset(
+        source.name,
+        source.config,
+        source.split,
+        source.revision,
+        streaming=True,
+        what=f"data.source={PREFIX}{source.name}",
+        hint="see data.hf_config, data.hf_split and data.hf_revision, or give the path of a copy on disk",
+    )
 
 
 def _reason(error: Exception) -> str:

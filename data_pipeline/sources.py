@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.hub import open_dataset
 from data_pipeline.streams import SUFFIXES, open_stream
 from nexa.errors import UserError
 
@@ -41,6 +42,8 @@ class ReadOptions:
     max_document_bytes: int = 64 << 20
     hf_config: str | None = None
     hf_split: str = "train"
+    hf_revision: str | None = None
+    hf_streaming: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,31 +145,30 @@ def _file_source(path: Path) -> Source:
 
 
 def _hf_source(name: str, options: ReadOptions) -> Source:
-    data = _load_hf(name, options)
-    identity = f"{name} {options.hf_config} {options.hf_split} {len(data)} {getattr(data, '_fingerprint', '')}"
-    return Source(name, "hf", len(data) * BYTES_PER_ROW, hashlib.sha256(identity.encode()).hexdigest()[:32])
+    data, row_count = _load_hf(name, options), 0  # how many rows a stream has is not known
+    known: list[object] = [name, options.hf_config, options.hf_split, options.hf_revision]
+    if options.hf_streaming:
+        known.append("streaming")
+    else:
+        row_count = len(data)
+        known += [row_count, getattr(data, "_fingerprint", "")]
+    identity = " ".join(map(str, known))
+    return Source(name, "hf", row_count * BYTES_PER_ROW, hashlib.sha256(identity.encode()).hexdigest()[:32])
 
 
 def _load_hf(name: str, options: ReadOptions) -> Any:
-    import datasets
-
-    path = Path(name).expanduser()
-    try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            data: Any = datasets.load_from_disk(str(path))
-            data = data[options.hf_split] if isinstance(data, datasets.DatasetDict) else data
-        else:
-            data = datasets.load_dataset(name, options.hf_config, split=options.hf_split)
-    except Exception as error:  # the library raises many kinds; all mean that the data set cannot be had
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"hf:{name}: the data set cannot be opened ({type(error).__name__}: {reason[0] if reason else ''}); "
-            "without a network give the path of a copy on disk; --hf-config and --hf-split choose a part"
-        ) from None
-    if options.text_key not in data.column_names:
-        raise UserError(
-            f"hf:{name}: no column {options.text_key!r} (--text-key); it has {', '.join(data.column_names)}"
-        )
+    data = open_dataset(
+        name,
+        options.hf_config,
+        options.hf_split,
+        options.hf_revision,
+        streaming=options.hf_streaming,
+        what=f"hf:{name}",
+        hint="without a network give the path of a copy on disk; --hf-config and --hf-split choose a part",
+    )
+    names = data.column_names or list(next(iter(data), {}))
+    if options.text_key not in names:
+        raise UserError(f"hf:{name}: no column {options.text_key!r} (--text-key); it has {', '.join(names)}")
     return data
 
 
@@ -227,10 +229,16 @@ def _file_unit(source: Source, options: ReadOptions, cursor: Cursor) -> Iterator
 
 
 def _hf_rows(source: Source, options: ReadOptions, first: int) -> Iterator[tuple[list[Any], int]]:
-    data = _load_hf(source.path, options)
-    for start in range(first, len(data), ROWS_PER_READ):
-        rows = data[start : start + ROWS_PER_READ][options.text_key]
-        yield list(rows), (start + len(rows)) * BYTES_PER_ROW
+    data, row = _load_hf(source.path, options), first
+    data = data.select_columns([options.text_key])
+    if options.hf_streaming:
+        batches = data.skip(first).iter(batch_size=ROWS_PER_READ)  # reads what it skips, too
+    else:
+        batches = (data[start : start + ROWS_PER_READ] for start in range(first, len(data), ROWS_PER_READ))
+    for batch in batches:
+        rows = list(batch[options.text_key])
+        row += len(rows)
+        yield rows, min(source.size, row * BYTES_PER_ROW)
 
 
 def _parquet_rows(source: Source, options: ReadOptions, first: int) -> Iterator[tuple[list[Any], int]]:

@@ -84,6 +84,12 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add("--max-document-mb", type=float, default=64, metavar="MB", help="longer documents count as bad (default 64)")
     add("--hf-config", metavar="NAME", help="configuration of a Hugging Face data set")
     add("--hf-split", default="train", metavar="NAME", help="split of a Hugging Face data set (default train)")
+    add("--hf-revision", metavar="COMMIT", help="revision of a Hugging Face data set (default: the newest)")
+    add(
+        "--hf-streaming",
+        action="store_true",
+        help="read a Hugging Face data set from the network, without a copy",
+    )
     parser.set_defaults(handler=_prepare)
 
 
@@ -99,6 +105,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         max_document_bytes=int(arguments.max_document_mb * (1 << 20)),
         hf_config=arguments.hf_config,
         hf_split=arguments.hf_split,
+        hf_revision=arguments.hf_revision,
+        hf_streaming=arguments.hf_streaming,
     )
     options = PrepareOptions(
         read=read,

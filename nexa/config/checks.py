@@ -369,18 +369,27 @@ def _two_betas(cfg: Config, world_size: int | None) -> Iterator[str]:
 @_reads("resume.mode", "resume.path", "resume.reset_optimizer")
 def _resume(cfg: Config, world_size: int | None) -> Iterator[str]:
     mode, path = cfg.resume.mode, cfg.resume.path
-    if mode in ("continue", "weights_only", "new_schedule") and not path:
+    if mode in ("continue", "weights_only", "new_schedule", "branch") and not path:
         yield f"resume.path={shorten(path)}: resume.mode={mode} needs a checkpoint or run directory"
     elif mode in ("auto", "none") and path is not None:
         yield (
             f"resume.path={shorten(path)}: resume.mode={mode} does not read it; "
-            "set resume.mode=continue, weights_only or new_schedule, or resume.path=null"
+            "set resume.mode=continue, weights_only, new_schedule or branch, or resume.path=null"
         )
     if cfg.resume.reset_optimizer and mode != "new_schedule":
         yield (
             f"resume.reset_optimizer=true: resume.mode={mode} "
             + ("resets it anyway" if mode == "weights_only" else "keeps the optimizer's state")
             + "; set resume.mode=new_schedule, or resume.reset_optimizer=false"
+        )
+
+
+@_reads("resume.mode", "schedule.warmup_steps")
+def _branch(cfg: Config, world_size: int | None) -> Iterator[str]:
+    if cfg.resume.mode == "branch" and cfg.schedule.warmup_steps:
+        yield (
+            f"schedule.warmup_steps={cfg.schedule.warmup_steps}: resume.mode=branch goes on at the rate of the run it "
+            "leaves; set schedule.warmup_steps=0, or resume.mode=new_schedule"
         )
 
 

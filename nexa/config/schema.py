@@ -361,9 +361,10 @@ class CheckpointConfig:
 class ResumeConfig:
     """Going on from a checkpoint."""
 
-    mode: Literal["auto", "continue", "weights_only", "new_schedule", "none"] = "auto"
+    mode: Literal["auto", "continue", "weights_only", "new_schedule", "branch", "none"] = "auto"
     """auto: newest checkpoint of the run directory, if any; continue: the checkpoint at `path`; weights_only: its
     weights with a fresh optimizer at step 0; new_schedule: weights, moments and data position, schedule from step 0;
+    branch: the same, with the learning rate that `path` had reached as optim.lr;
     none: start afresh, refused when the run directory already has checkpoints."""
     path: str | None = None
     """A checkpoint directory, or a run directory for its newest checkpoint."""

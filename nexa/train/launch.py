@@ -22,6 +22,7 @@ from nexa.model.kinds import KINDS
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import Topology, connect, disconnect
 from nexa.train import resume
+from nexa.train.branch import with_trunk_rate
 from nexa.train.data import TrainingData, open_validation
 from nexa.train.folder import RunFolder, package_versions
 from nexa.train.hooks import build_hooks
@@ -142,7 +143,7 @@ def run(cfg: Config) -> int:
     """
     topology = connect(cfg)
     _log_to_stdout(topology.is_main)
-    cfg = with_points(cfg)
+    cfg = with_trunk_rate(with_points(cfg))
     _compare_ranks(cfg, topology)
     folder = RunFolder(cfg)
     if topology.is_main:

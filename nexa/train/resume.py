@@ -37,6 +37,7 @@ MODES = {
     "auto": Mode(moments=True, step=True, data=True),
     "continue": Mode(moments=True, step=True, data=True),
     "new_schedule": Mode(moments=True, step=False, data=True),
+    "branch": Mode(moments=True, step=False, data=True),
     "weights_only": Mode(moments=False, step=False, data=False),
 }
 

@@ -239,6 +239,11 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
         "resume.reset_optimizer=true: resume.mode=weights_only resets it anyway; set resume.mode=new_schedule",
     ),
     ({"resume__reset_optimizer": True}, None, "resume.mode=auto keeps the optimizer's state"),
+    (
+        {"resume__mode": "branch", "resume__path": "runs/a", "schedule__warmup_steps": 3},
+        None,
+        "schedule.warmup_steps=3: resume.mode=branch goes on at the rate",
+    ),
     ({"resume__path": "runs/a"}, None, "resume.path=runs/a: resume.mode=auto does not read it"),
     ({"checkpoint__permanent_every": 700}, None, "not a multiple of checkpoint.every=500"),
     ({"checkpoint__every": 0, "checkpoint__permanent_every": 10}, None, "no checkpoints are written"),

@@ -38,7 +38,7 @@ def write(path, data):
 TEXTS = [f"document {i} é\n\twith lines" * (i % 7 + 1) for i in range(200)]
 
 
-@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.json.zst", "c.ndjson", "c.parquet", "hf"])
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.json.zst", "c.ndjson", "c.parquet", "hf", "hf streamed"])
 @pytest.mark.parametrize("unit_bytes", [200, 1 << 20])
 def test_formats_and_going_on_from_every_cursor(tmp_path, monkeypatch, name, unit_bytes):
     monkeypatch.setattr(module, "UNIT_BYTES", unit_bytes)
@@ -46,23 +46,25 @@ def test_formats_and_going_on_from_every_cursor(tmp_path, monkeypatch, name, uni
     path = tmp_path / name
     if name == "c.parquet":
         pq.write_table(pa.table({"text": TEXTS, "n": list(range(200))}), path, row_group_size=37)
-    elif name == "hf":
+    elif name.startswith("hf"):
         import datasets
 
         datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(path)
     else:
         write(path, "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode())
-    texts, bad, empty, cursors = read_all(path)
+    options = {"hf_streaming": name == "hf streamed"}
+    texts, bad, empty, cursors = read_all(path, **options)
     assert (texts, bad, empty) == (TEXTS, [], 0)
     assert len(cursors) > 5 or unit_bytes > 200
     for cursor, seen in cursors[:: max(1, len(cursors) // 6)]:
-        assert read_all(path, cursor)[0] == TEXTS[seen:]
+        assert read_all(path, cursor, **options)[0] == TEXTS[seen:]
 
 
 def test_data_set_by_name_needs_no_other_code(tmp_path):
     """`hf:` with a directory of data files goes through datasets.load_dataset."""
     write(tmp_path / "part.jsonl", b'{"text": "one"}\n{"text": "two"}\n')
     assert read_all(f"hf:{tmp_path}")[0] == ["one", "two"]
+    assert read_all(f"hf:{tmp_path}", hf_streaming=True)[0] == ["one", "two"]
 
 
 def test_text_files(tmp_path):

@@ -154,6 +154,34 @@ def test_a_refined_run(runs: Runs, checkpoint: Path, tmp_path: Path) -> None:
     assert 0 < rates[-1] < 0.2 * max(rates) and max(rates) <= PEAK
 
 
+def test_a_branch_begins_at_the_rate_of_its_trunk(runs: Runs, checkpoint: Path, tmp_path: Path) -> None:
+    """Stopped, it goes on by itself, without the trunk."""
+    trunk, run_dir = load(runs.source), tmp_path / "run"
+    peak = learning_rate(36, trunk.optim.lr, 40, trunk.schedule)
+    options = ["schedule.name=linear", "schedule.warmup_steps=0", "schedule.min_lr_ratio=0"]
+    options += ["resume.mode=branch", f"resume.path={checkpoint}"]
+    killed(runs, run_dir, options, checkpoint)
+    assert load(run_dir).optim.lr == peak < trunk.optim.lr
+    table = rows(run_dir)
+    assert [row["lr"] for row in table] == [peak * (1 - step / 12) for step in range(12)]
+    following = runs.source.with_name("following")
+    if not following.exists():
+        runs.start(following, "resume.mode=continue", f"resume.path={checkpoint}", "train.steps=40")
+    assert table[0]["loss"] == rows(following)[0]["loss"], "the same weights on the samples that come next"
+    assert table[1]["loss"] == rows(following)[1]["loss"], "with the same moments at the same rate"
+
+
+def test_a_branch_needs_the_trunks_schedule(runs: Runs, checkpoint: Path, tmp_path: Path) -> None:
+    options = ["schedule.name=linear", "schedule.warmup_steps=0", "resume.mode=branch"]
+    copied = shutil.copytree(checkpoint, tmp_path / "copied")
+    text = runs.start(tmp_path / "run", *options, f"resume.path={copied}", code=2)
+    assert f"resume.path={copied}: {copied} lies in no run's folder" in text and "Traceback" not in text
+    ended = tmp_path / "ended"
+    runs.start(ended, "schedule.name=linear", "schedule.min_lr_ratio=0")
+    text = runs.start(tmp_path / "run", *options, f"resume.path={ended}", code=2)
+    assert "its learning rate is 0 after step 12; branch from an earlier checkpoint" in text
+
+
 def finished(folder: Path, lines: str, steps: int = 40) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(Config(train=TrainConfig(steps=steps), run=RunConfig(dir=str(folder)))))
