@@ -149,7 +149,7 @@ RULES: list[Rule] = [
         lambda run: run.batch / run.sequence,
         {"size": (8.5e7, 1.2e9)},
         "arXiv 2410.21676",
-        "the largest batch that is worth its GPUs: 20 % more steps than a linear speed-up would need; grows in a run",
+        "beyond it GPUs bring little: 20 % more steps than a linear speed-up; grows in a run; constant not checked",
     ),
 ]
 """A new law is a row here."""
