@@ -19,12 +19,12 @@ BINS = 64
 """Rows are averaged into so many at most: their noise falls, and a fit costs the same at any length."""
 FEWEST = 8
 """Bins needed for a word."""
-FORGOTTEN = 0.1
+FORGOTTEN = 0.25
 """Share of the updates so far, the first ones, that is left out: early training follows no power law."""
 HORIZON = 0.03
 """1 / (1 - lambda) as a share of all updates."""
 CENTRE = (1.0, 0.045, 0.55, 0.08)
-SPREAD = np.array([1.0, 0.7, 0.3, 0.5])
+SPREAD = np.array([1.0, 1.5, 0.3, 0.5])
 """Normal priors on the logarithms of: L0 and A over the loss now, alpha, and C over the loss now."""
 RATE, RATES, WITH_RATE = 1e-3, (1e-4, 3e-3), (0.0, -0.4, 0.0, 0.33)
 """`CENTRE` is for a peak rate of `RATE`; by which powers of the peak it changes, within `RATES`. Centres, spreads and
