@@ -134,7 +134,8 @@ def test_the_rate_is_the_function_of_the_step(
     assert [row["lr"] for row in table] == [
         learning_rate(s - 1, peak, total, schedule) for s in range(first, total + 1)
     ]
-    assert len({row["lr"] for row in table}) > 4
+    behind = name == "piecewise" and first > SCHEDULES[name]["point_steps"][-1]
+    assert len({row["lr"] for row in table}) > 4 or behind
 
 
 def test_a_refined_run(runs: Runs, checkpoint: Path, tmp_path: Path) -> None:
