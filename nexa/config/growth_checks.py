@@ -34,8 +34,8 @@ def _in_time(cfg: Config, world_size: int | None) -> Iterator[str]:
     for place, stage, step in _begins(cfg):
         if step <= before:
             yield (
-                f"{place}.at_tokens={stage.at_tokens}: must be at least a step of {per_step} tokens after the start and "
-                f"the growth before: more than {before * per_step}"
+                f"{place}.at_tokens={stage.at_tokens}: must be a step of {per_step} tokens or more after the start "
+                f"and the growth before: more than {before * per_step}"
             )
         elif _has_length(cfg) and step >= cfg.total_steps:
             yield (

@@ -1,4 +1,4 @@
-"""The sizes that a run passes through: `growth.stages` as plain data, before anything is built."""
+"""What a run with `growth.stages` passes through, as plain data: sizes, steps, learning rates, cost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from nexa.growth.guideline import Timing, timing
 from nexa.growth.operators import WIDTHS, Growth
 from nexa.growth.target import plan
 from nexa.model.decoder import flops_per_token, parameter_count
+from nexa.optim import Turn, learning_rate_with_turns
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,15 @@ def growth_steps(cfg: Config, passed: Sequence[Passed] = (), step: int = 0, toke
     """The step after which each growth happened, or happens for a run that has come to `step` and `tokens`."""
     ahead = [stage.at_tokens or 0 for stage in cfg.growth.stages[len(passed) :]]
     return [one.step for one in passed] + [step + max(0, -(-(at - tokens) // tokens_per_step(cfg))) for at in ahead]
+
+
+def rate_of(cfg: Config, step: int, steps: Sequence[int]) -> float:
+    """Learning rate of update `step` of a run; steps: of its growths, as from `growth_steps`."""
+    peak, turns = cfg.optim.lr, []
+    for at, stage in zip(steps, cfg.growth.stages, strict=True):
+        peak = peak if stage.lr is None else stage.lr
+        turns.append(Turn(at, stage.schedule, peak))
+    return learning_rate_with_turns(step, cfg.optim.lr, cfg.total_steps, cfg.schedule, turns)
 
 
 @dataclass(frozen=True)

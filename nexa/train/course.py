@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nexa.config.schema import Config
-from nexa.growth.stages import Passed, Size, growth_steps
-from nexa.optim import Turn, learning_rate_with_turns
+from nexa.growth.stages import Passed, Size, growth_steps, rate_of
 from nexa.train.hook import Row
 
 
@@ -48,15 +47,6 @@ class Course:
 def passed_in(saved: dict[str, Any]) -> list[Passed]:
     """The growths that a checkpoint's `state.json` has behind it."""
     return [Passed(**one) for one in saved.get("growth", [])]
-
-
-def rate_of(cfg: Config, step: int, steps: Sequence[int]) -> float:
-    """Learning rate of update `step` of a run; steps: of its growths, as from `growth_steps`."""
-    peak, turns = cfg.optim.lr, []
-    for at, stage in zip(steps, cfg.growth.stages, strict=True):
-        peak = peak if stage.lr is None else stage.lr
-        turns.append(Turn(at, stage.schedule, peak))
-    return learning_rate_with_turns(step, cfg.optim.lr, cfg.total_steps, cfg.schedule, turns)
 
 
 def rate_at(cfg: Config, saved: dict[str, Any]) -> float:

@@ -37,13 +37,13 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     (
         {"growth__stages": [{"at_tokens": 100, "factor": 2}, {"at_tokens": 16384, "factor": 2}]},
         None,
-        "growth.stages[1].at_tokens=16384: must be at least a step of 16384 tokens after the start and the growth "
+        "growth.stages[1].at_tokens=16384: must be a step of 16384 tokens or more after the start and the growth "
         "before: more than 16384",
     ),
     (
         {"growth__stages": [{"at_tokens": 0, "factor": 2}]},
         None,
-        "growth.stages[0].at_tokens=0: must be at least a step",
+        "growth.stages[0].at_tokens=0: must be a step",
     ),
     (
         {"growth__stages": [{"at_tokens": 16384 * 99 + 1, "factor": 2}]},

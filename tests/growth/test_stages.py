@@ -13,8 +13,9 @@ from nexa.config.growth import OperatorName
 from nexa.config.schema import Config
 from nexa.errors import ConfigError, UserError
 from nexa.growth.operators import OPERATORS
-from nexa.growth.stages import Passed, budget, growth_steps, sizes, with_timing
+from nexa.growth.stages import Passed, budget, growth_steps, rate_of, sizes, with_timing
 from nexa.optim import Turn, learning_rate, learning_rate_with_turns
+from nexa.scaling.laws.rates import from_config
 from nexa.train.course import Course, rate_at
 from nexa.train.stages import prepared
 
@@ -105,6 +106,13 @@ def test_the_rate_after_a_growth_is_a_pure_function_of_the_step() -> None:
     assert learning_rate_with_turns(5, 1.0, 40, plain.schedule, turns) == planned(0, 35, 2.0)
 
 
+def test_laws_read_the_rates_of_a_run_that_grows() -> None:
+    cfg = config({**TWICE, "lr": 0.01}, schedule={"name": "linear", "warmup_steps": 3})
+    values = from_config(cfg).values
+    assert values.tolist() == [rate_of(cfg, step, [10]) for step in range(41)]
+    assert values[12] == 0.01 and values[9] < 3e-4
+
+
 def test_null_takes_the_guideline_and_says_so() -> None:
     cfg = config({"factor": 4})
     timed = with_timing(cfg, sizes(cfg)[-1])
@@ -132,9 +140,7 @@ def test_impossible_growths_are_refused_before_anything_starts(stages: list, gro
 
 
 def test_every_size_must_be_trainable_in_the_layout() -> None:
-    cfg = config(
-        {**WIDER, "operator": "direct", "num_attention_heads": 3, "hidden_size": 12, "at_tokens": 640},
-        parallel={"tensor": 2},
-    )
-    with pytest.raises(ConfigError, match=r"after growth\.stages\[0\]: model\.num_attention_heads=3: not divisible"):
+    odd = {"at_tokens": 640, "operator": "direct", "intermediate_size": 13}
+    cfg = config(odd, parallel={"tensor": 2, "backend": "megatron"})
+    with pytest.raises(ConfigError, match=r"after growth\.stages\[0\]: model\.intermediate_size=13: not divisible"):
         prepared(cfg, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -59,7 +60,7 @@ def test_one_run_through_three_sizes(grown: Path) -> None:
     assert [row["stage"] for row in table] == [0] * AT + [1] * (THEN - AT) + [2] * (STEPS - THEN)
     sizes = sorted({row["parameters"] for row in table})
     assert len(sizes) == 3 and [row["parameters"] for row in table] == [sizes[row["stage"]] for row in table]
-    spent = [later["flops"] - row["flops"] for row, later in zip(table, table[1:], strict=False)]
+    spent = [later["flops"] - row["flops"] for row, later in itertools.pairwise(table)]
     assert len({round(one) for one in spent}) == 3 and table[0]["flops"] == spent[0] and sorted(spent) == spent
     assert [row["tokens"] for row in table] == [PER_STEP * step for step in range(1, STEPS + 1)]
     # warm-up of 2 steps at the start, after the restart, and in the re-warming to another peak
@@ -85,9 +86,9 @@ def test_it_is_train_grow_train(forked: Forked, mixture: str, tmp_path: Path) ->
         stage = f"growth.stages=[{{at_tokens:{AT * PER_STEP},factor:3,moments:copy,schedule:{how}}}]"
         train(forked, tmp_path / how, mixture, stage, *base)
         large = [word for word in done.overrides() if not word.startswith("resume.mode")]
-        train(forked, tmp_path / mode, mixture, *large, f"resume.mode={mode}", *base, steps=steps)
-        assert equal(tmp_path / how, tmp_path / mode), how
-        one, other = rows(tmp_path / how), rows(tmp_path / mode)
+        train(forked, tmp_path / f"plain_{how}", mixture, *large, f"resume.mode={mode}", *base, steps=steps)
+        assert equal(tmp_path / how, tmp_path / f"plain_{how}"), how
+        one, other = rows(tmp_path / how), rows(tmp_path / f"plain_{how}")
         assert [row["loss"] for row in one[AT:]] == [row["loss"] for row in other]
         assert [row["lr"] for row in one[AT:]] == [row["lr"] for row in other]
 
