@@ -312,7 +312,7 @@ def _growth_lines(growth: dict[str, Any]) -> Iterator[str]:
         yield f"  guideline: a base of {guide['tokens'] / 1e9:,.3g}B tokens, {guide['rule']}"
     if (speedups := growth["published_speedups"]) is not None:
         named = ", ".join(f"{share:.1%} ({what})" for what, share in speedups.items())
-        yield f"  expected: as many tokens less as published, D_scratch / D_grown - 1 at equal loss: {named}"
+        yield f"  expected: the published speed-up at equal loss, D_scratch / D_grown - 1: {named}"
     else:
         yield "  expected saving at equal loss: not known, nothing like it was published; measure it"
     yield "  below: the last size, which needs most; the length of the run counts earlier steps by their FLOPs"

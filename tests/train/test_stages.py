@@ -102,15 +102,27 @@ def cut_back(grown: Path, run: Path, step: int) -> Path:
     return run / "checkpoints"
 
 
-@pytest.mark.parametrize("instant", ["saved", "half grown", "grown", "between the renames", "in place"])
+@pytest.fixture(scope="module")
+def small(forked: Forked, mixture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of the middle size, of a run that stops where it would grow for the second time."""
+    run = tmp_path_factory.mktemp("small") / "small"
+    train(forked, run, mixture, STAGES, f"train.stop_at={THEN}")
+    path = list_checkpoints(run / "checkpoints")[-1]
+    assert (path.name, len(read_state(path)["growth"])) == (f"step_{THEN:08d}", 1)
+    return path
+
+
+INSTANTS = ["half grown", "between the renames", "in place"]
+OTHERS = [pytest.param(instant, marks=pytest.mark.slow) for instant in ("saved", "grown")]
+
+
+@pytest.mark.parametrize("instant", [*INSTANTS, *OTHERS])
 def test_stopped_at_any_instant_of_a_growth_it_goes_on_exactly(
-    forked: Forked, mixture: str, grown: Path, tmp_path: Path, instant: str
+    forked: Forked, mixture: str, grown: Path, small: Path, tmp_path: Path, instant: str
 ) -> None:
     """What a kill leaves behind at each instant of the second growth, made by hand."""
-    train(forked, tmp_path / "small", mixture, STAGES, f"train.stop_at={THEN}")
-    name = f"step_{THEN:08d}"
-    small, large = tmp_path / "small" / "checkpoints" / name, grown / "checkpoints" / name
-    assert len(read_state(small)["growth"]) == 1, "a run that is to stop there does not grow"
+    name = small.name
+    large = grown / "checkpoints" / name
     run = tmp_path / "again"
     root = cut_back(grown, run, THEN)
     if instant != "in place":
@@ -126,6 +138,28 @@ def test_stopped_at_any_instant_of_a_growth_it_goes_on_exactly(
     assert sorted(path.name for path in root.iterdir()) == sorted(p.name for p in (grown / "checkpoints").iterdir())
 
 
+OF_TWO = [(2, 3, 1, 1), pytest.param((2, 1, 2, 4), marks=pytest.mark.slow), pytest.param(TWO, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("layout", OF_TWO)
+def test_two_processes_grow_to_the_same(
+    forked: Forked, mixture: str, grown: Path, tmp_path: Path, layout: tuple[int, int, int, int]
+) -> None:
+    train(forked, tmp_path / "run", mixture, STAGES, layout=layout)
+    compare(tmp_path / "run", grown)
+    found = weights(tmp_path / "run")
+    for name, tensor in weights(grown).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def compare(run: Path, grown: Path) -> None:
+    """Every step once, of the same size, with the same data, rate and loss."""
+    mine, theirs = rows(run), rows(grown)
+    for key in ("step", "stage", "parameters", "flops", "lr", "tokens"):
+        assert [row[key] for row in mine] == [row[key] for row in theirs], key
+    assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], rel=1e-5)
+
+
 def killed_around_growths(forked: Forked, mixture: str, grown: Path, folder: Path, layouts: list, seed: int) -> None:
     """Kill when a growth is near, by chance before, in or after it; go on in another layout, to the end."""
     rng, run = random.Random(seed), folder / f"killed{seed}"
@@ -139,10 +173,7 @@ def killed_around_growths(forked: Forked, mixture: str, grown: Path, folder: Pat
         if wait(forked, log, saved.exists):
             time.sleep(rng.random() * 0.5)
             forked.kill()
-    mine, theirs = rows(run), rows(grown)
-    for key in ("step", "stage", "parameters", "flops", "lr", "tokens"):
-        assert [row[key] for row in mine] == [row[key] for row in theirs], key
-    assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], rel=1e-5)
+    compare(run, grown)
 
 
 def test_killed_around_growths_it_goes_on_in_other_layouts(
