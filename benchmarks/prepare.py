@@ -4,11 +4,11 @@
 
 A synthetic corpus (words by Zipf's law, documents of log-normal length, every 1000th one of 2 MB; one jsonl and one
 text file by lines) is prepared once unbroken, with a BPE trained on it before. Then it is prepared again and killed
-(SIGKILL, all processes) --kills times, each time after an equal share of the time that the unbroken run took, and goes
-on to the end: the files must be the same to the byte. Memory is the sum of the proportional set sizes (shared pages
-counted once) of all its processes, sampled every 50 ms; above --memory-mb the benchmark fails. The library alone
-encodes the first 32 MB of the same texts, held in memory, with as many threads as workers, right after the unbroken
-run: one call of encode_batch_fast, without reading, hashing or writing anything. Ratios are given of the clock and of
+(SIGKILL, all processes) --kills times, each time after another equal share of the tokens was written, and goes on to
+the end: the files must be the same to the byte. Memory is the sum of the proportional set sizes (shared pages counted
+once) of all its processes, sampled every 50 ms; above --memory-mb the benchmark fails. The library alone encodes the
+first 32 MB of the same texts, held in memory, with as many threads as workers, right after the unbroken run: one call
+of encode_batch_fast, without reading, hashing or writing anything. Ratios are given of the clock and of
 CPU time; the second is the one to trust on a machine that others use, too.
 """
 
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +103,12 @@ class Run:
         self.peak, self._limit = 0, limit
         self.process = subprocess.Popen(command, start_new_session=True)
 
-    def watch(self, seconds: float) -> bool:
-        """Wait until it ends (True), or kill it after `seconds` (False)."""
-        end = time.monotonic() + seconds
+    def watch(self, doomed: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until it ends (True), or kill it as soon as it is `doomed` (False)."""
         while self.process.poll() is None:
             used = memory(family(self.process.pid))
             self.peak = max(self.peak, used)
-            if used > self._limit or time.monotonic() > end:
+            if used > self._limit or doomed():
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
                 if used > self._limit:
@@ -119,6 +118,11 @@ class Run:
         if self.process.returncode:
             raise SystemExit(f"nexa data prepare ended with code {self.process.returncode}")
         return True
+
+
+def written(store: Path) -> int:
+    """Bytes of tokens in a store, finished or not."""
+    return sum(path.stat().st_size for path in store.glob("*.bin"))
 
 
 def digests(store: Path) -> dict[str, str]:
@@ -185,14 +189,20 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, object]
     limit = arguments.memory_mb << 20
     start, before = time.perf_counter(), cpu_of_children()
     whole = Run(command("whole"), limit)
-    whole.watch(float("inf"))
+    whole.watch()
     seconds, cpu_seconds = time.perf_counter() - start, cpu_of_children() - before
     library = library_rates(directory / "tokenizer.json", min(LIBRARY_MB, arguments.size_mb), arguments.workers)
-    kills, peak, finished = 0, whole.peak, False
-    while not finished:
+    kills, peak, share = 0, whole.peak, written(directory / "whole") / (arguments.kills + 1)
+    while True:
         run = Run(command("killed"), limit)
-        finished = run.watch(seconds / (arguments.kills + 1) if kills < arguments.kills else float("inf"))
-        peak, kills = max(peak, run.peak), kills + (not finished)
+        bound = share * (kills + 1) if kills < arguments.kills else float("inf")
+        finished = run.watch(lambda bound=bound: written(directory / "killed") >= bound)
+        peak = max(peak, run.peak)
+        if finished:
+            break
+        kills += 1
+    if kills < arguments.kills:
+        raise SystemExit(f"only {kills} kills came before the end; take a larger --size-mb")
     if digests(directory / "whole") != digests(directory / "killed"):
         raise SystemExit("the store of the killed run differs")
     manifest = json.loads((directory / "whole" / "manifest.json").read_text())

@@ -77,7 +77,8 @@ def draw(study: Path, results: Results, path: Path) -> None:
             if f"{variant}_seed{seed}" in results:
                 tokens, values = _validation(metrics(study / "runs" / f"{variant}_seed{seed}"), number)
                 axes.plot(tokens, values, ".-", color=f"C{colour}", lw=1, label=title)
-        for line, variant in (("--", "trunk"), (":", "union")):
+        levels = (("--", "trunk"), (":", "union")) if what == "old" else (("--", "new_only"), (":", "union"))
+        for line, variant in levels:
             if found := losses(results, variant):
                 level = statistics.mean(pair[number] for pair in found)
                 axes.axhline(level, color="0.4", ls=line, label=TITLES[variant])
@@ -90,10 +91,14 @@ def draw(study: Path, results: Results, path: Path) -> None:
             right.axhline(statistics.mean(one[number] for one in found), color=f"C{number}", ls=":")
     right.set_xscale("symlog", linthresh=1)
     right.set_xticks([share * 100 for share in shares], [f"{share * 100:g}" for share in shares])
+    right.minorticks_off()
+    right.set_xlim(-0.3, 70)
     right.set(title="at the end (dotted: union from scratch)", xlabel="replay, % of every batch")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    left.set_ylim(top=left.get_ylim()[1] + 1)  # room for the legend
+    left.legend(fontsize=8, ncols=2)
+    middle.legend(fontsize=8)
     right.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
