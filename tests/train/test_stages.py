@@ -77,20 +77,26 @@ def test_one_run_through_three_sizes(grown: Path) -> None:
     assert "model:" in (grown / "config.yaml").read_text()
 
 
-def test_it_is_train_grow_train(forked: Forked, mixture: str, tmp_path: Path) -> None:
-    """With a restarted schedule and with one that goes on, bit for bit."""
-    base = ("checkpoint.every=4",)
-    train(forked, tmp_path / "base", mixture, f"train.stop_at={AT}", *base)
+@pytest.mark.parametrize(
+    ("how", "mode", "steps"),
+    [
+        ("restart", "new_schedule", STEPS - AT),
+        pytest.param("continue", "continue", STEPS, marks=pytest.mark.slow),
+    ],
+)
+def test_it_is_train_grow_train(forked: Forked, mixture: str, tmp_path: Path, how: str, mode: str, steps: int) -> None:
+    """Bit for bit, with a restarted schedule and with one that goes on."""
+    every = "checkpoint.every=4"
+    train(forked, tmp_path / "base", mixture, f"train.stop_at={AT}", every)
     done = grow(tmp_path / "base", tmp_path / "larger", Growth("stack", factor=3, moments="copy"))
-    for how, mode, steps in (("restart", "new_schedule", STEPS - AT), ("continue", "continue", STEPS)):
-        stage = f"growth.stages=[{{at_tokens:{AT * PER_STEP},factor:3,moments:copy,schedule:{how}}}]"
-        train(forked, tmp_path / how, mixture, stage, *base)
-        large = [word for word in done.overrides() if not word.startswith("resume.mode")]
-        train(forked, tmp_path / f"plain_{how}", mixture, *large, f"resume.mode={mode}", *base, steps=steps)
-        assert equal(tmp_path / how, tmp_path / f"plain_{how}"), how
-        one, other = rows(tmp_path / how), rows(tmp_path / f"plain_{how}")
-        assert [row["loss"] for row in one[AT:]] == [row["loss"] for row in other]
-        assert [row["lr"] for row in one[AT:]] == [row["lr"] for row in other]
+    stage = f"growth.stages=[{{at_tokens:{AT * PER_STEP},factor:3,moments:copy,schedule:{how}}}]"
+    one, three = tmp_path / "one", tmp_path / "three"
+    train(forked, one, mixture, stage, every)
+    larger = [word for word in done.overrides() if not word.startswith("resume.mode")]
+    train(forked, three, mixture, *larger, f"resume.mode={mode}", every, steps=steps)
+    assert equal(one, three)
+    for key in ("loss", "lr"):
+        assert [row[key] for row in rows(one)[AT:]] == [row[key] for row in rows(three)], key
 
 
 def cut_back(grown: Path, run: Path, step: int) -> Path:
@@ -112,8 +118,8 @@ def small(forked: Forked, mixture: str, tmp_path_factory: pytest.TempPathFactory
     return path
 
 
-INSTANTS = ["half grown", "between the renames", "in place"]
-OTHERS = [pytest.param(instant, marks=pytest.mark.slow) for instant in ("saved", "grown")]
+INSTANTS = ["half grown", "between the renames"]
+OTHERS = [pytest.param(instant, marks=pytest.mark.slow) for instant in ("saved", "grown", "in place")]
 
 
 @pytest.mark.parametrize("instant", [*INSTANTS, *OTHERS])
@@ -136,6 +142,21 @@ def test_stopped_at_any_instant_of_a_growth_it_goes_on_exactly(
     assert equal(run, grown)
     assert [(row["loss"], row["flops"]) for row in rows(run)] == [(row["loss"], row["flops"]) for row in rows(grown)]
     assert sorted(path.name for path in root.iterdir()) == sorted(p.name for p in (grown / "checkpoints").iterdir())
+
+
+def test_a_damaged_checkpoint_does_not_grow(
+    forked: Forked, mixture: str, grown: Path, small: Path, tmp_path: Path
+) -> None:
+    """Rank 0 finds it; every rank ends with the message, and nothing is changed."""
+    root = cut_back(grown, tmp_path / "run", AT)
+    torn = shutil.copytree(small, root / small.name) / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1] + b"!")
+    before = sorted(root.rglob("*"))
+    forked.start(2, [*arguments(tmp_path / "run", mixture, STEPS, TWO), STAGES], tmp_path / "log")
+    assert forked.codes(600) == [2, 2]
+    said = (tmp_path / "log").read_text()
+    assert "model.safetensors does not have the content that was written" in said and "Traceback" not in said
+    assert sorted(root.rglob("*")) == before
 
 
 OF_TWO = [(2, 3, 1, 1), pytest.param((2, 1, 2, 4), marks=pytest.mark.slow), pytest.param(TWO, marks=pytest.mark.slow)]
