@@ -142,7 +142,7 @@ def draw(found: dict[str, dict[int, Curve]], path: Path) -> None:
         values = speedups(found, variant, "flops")
         right.plot([100 * value for value in values], [len(shown) - colour] * len(values), "o", color=f"C{colour}")
     left.set(xlabel="training FLOPs", ylabel="validation loss, nats a token", xscale="log")
-    right.set(xlabel="speed-up in FLOPs to the loss from scratch, %, one point a seed")
+    right.set(xlabel="speed-up in FLOPs, % (one point a seed)")
     right.set_yticks([len(shown) - number for number in range(len(shown))], [TITLES[variant] for variant in shown])
     right.axvline(0, color="0.5", lw=0.8)
     for axes in (left, right):
