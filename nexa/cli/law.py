@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nexa.cli import law_sizes
 from nexa.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,16 +35,20 @@ SPEC is a run folder (its config.yaml says the schedule, its metrics.jsonl the l
   nexa law compare train.yaml --test test.yaml
   nexa law plot law.json train.yaml --out law.svg
   nexa law schedule law.json --total-steps 24000 --warmup-steps 500 --peak-lr 3e-4 --out conf/schedule/best.yaml
+  nexa law scaling optimum besiroglu --flops 1e21
+  nexa law mixture best mixture.json
+
+scaling, mixture and ladder are laws of size and data; the others are of schedules.
 """
 LAW_NAMES = ("annealing", "multipower", "annealing_size", "forward_momentum")
 WARMUPS = ("official", "interpretable")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the `law` command and its five."""
+    """Add the `law` command and its own."""
     form = argparse.RawDescriptionHelpFormatter
     parser = subparsers.add_parser(
-        "law", help="fit loss-curve laws, predict and choose schedules", description=ABOUT, formatter_class=form
+        "law", help="loss by schedule, size and data: fit, predict, choose", description=ABOUT, formatter_class=form
     )
     commands = parser.add_subparsers(dest="law_command", metavar="COMMAND", required=True)
     _fit_parser(commands)
@@ -51,6 +56,7 @@ def add_parser(subparsers: Any) -> None:
     _compare_parser(commands)
     _plot_parser(commands)
     _schedule_parser(commands)
+    law_sizes.add_parsers(commands)
 
 
 def _specs(add: Any) -> None:

@@ -24,6 +24,7 @@ examples:
   nexa plan +exp=pre_7b --gpus 8 --memory-gib 80 --json       another GPU, by its memory
   nexa plan +exp=gstack_7b --gpus 64 --gpu H100                a run that grows: base, FLOPs, average size
   nexa plan +exp=pre_1b train.micro_batch_size=64 --gpu A100-80GB --price-per-hour 2.5
+  nexa plan +exp=pre_130m --suggest                           and what published laws say of its hyper-parameters
 
 Flags stand before or after the overrides, not between them. Exit code 0: fits, or nothing is known about the GPU;
 1: does not fit; 2: a mistake, which the message explains.
@@ -58,6 +59,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--network-gbps", type=_positive, default=400.0, metavar="X", help="Gbit/s per GPU between nodes (default 400)"
+    )
+    parser.add_argument("--suggest", action="store_true", help="also hyper-parameters of published laws (docs/laws.md)")
+    parser.add_argument(
+        "--proxy-width",
+        type=_positive,
+        metavar="N",
+        help="with --suggest: width at which optim.lr and optim.weight_decay were tuned, for rules of width",
     )
     parser.add_argument("--price-per-hour", type=_positive, metavar="X", help="price of one GPU for an hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
@@ -107,6 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
     if problems:
         raise ConfigError(problems)
     found = report(cfg, arguments)
+    if arguments.suggest:
+        found["suggestions"] = suggestions(cfg, arguments.proxy_width)
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(_lines(found)))
     return EXIT_DOES_NOT_FIT if found["memory"]["fits"] is False else 0
 
@@ -198,6 +208,14 @@ def _growth(cfg: Config) -> tuple[Config, dict[str, Any] | None]:
         "guideline": None if guide is None else dataclasses.asdict(guide),
         "published_speedups": guideline.PUBLISHED_SPEEDUPS if guide is not None and guide.published else None,
     }
+
+
+def suggestions(cfg: Config, proxy_width: float | None) -> list[dict[str, Any]]:
+    """What published laws say of the run's hyper-parameters, one row for each law."""
+    from nexa.scaling.hyper import suggest
+    from nexa.scaling.sizes.runs import describe
+
+    return [dataclasses.asdict(each) for each in suggest(describe(cfg), proxy_width)]
 
 
 def _run(cfg: Config, planner: Planner) -> dict[str, Any]:
@@ -296,6 +314,21 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from _time_lines(found["time"], gpu)
     yield from _advice(found)
+    yield from _suggestion_lines(found.get("suggestions", []))
+
+
+def _suggestion_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    from nexa.scaling.hyper import WORDS, amount
+
+    if rows:
+        yield f"\n{'published laws':<25} {'here':<9} law"
+    for row in rows:
+        ranges = [f"{amount(low)} to {amount(high)} {WORDS[name]}" for name, (low, high) in row["ranges"].items()]
+        unit = f" {row['unit']}" if row["unit"] else ""
+        yield f"  {row['key']:<23} {row['current']:<9.4g} {row['value']:<9.4g}{unit}  {row['source']}"
+        yield f"    {'; '.join([', '.join(ranges), row['note']] if ranges else [row['note']])}"
+        for text in row["outside"]:
+            yield f"    OUTSIDE ITS RANGE: {text}"
 
 
 def _growth_lines(growth: dict[str, Any]) -> Iterator[str]:

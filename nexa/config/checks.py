@@ -363,6 +363,14 @@ def _sample_fits(cfg: Config, world_size: int | None) -> Iterator[str]:
         yield f"log.sample_tokens={cfg.log.sample_tokens}: at most model.max_position_embeddings={positions}"
 
 
+@_reads("log.predict_every", "log.predict_loss", "log.every", "eval.every")
+def _predicted(cfg: Config, world_size: int | None) -> Iterator[str]:
+    key = cfg.log.predict_loss
+    source = "eval.every" if key.startswith("val/") else "log.every"
+    if cfg.log.predict_every and not (cfg.eval.every if source == "eval.every" else cfg.log.every):
+        yield f"log.predict_every={cfg.log.predict_every}: {source}=0 writes no {key} while the run goes; set {source}"
+
+
 # Optimizer, checkpoints, run --------------------------------------------------------------------
 
 

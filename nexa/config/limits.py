@@ -102,6 +102,7 @@ LIMITS: dict[str, Limit] = {
     "diagnose.batches": _COUNT,
     "log.every": _NONNEGATIVE,
     "log.norms_every": _NONNEGATIVE,
+    "log.predict_every": _NONNEGATIVE,
     "log.sample_tokens": _NONNEGATIVE,
 }
 """Every numeric key; null passes. A list's limit holds for each of its numbers."""

@@ -428,6 +428,10 @@ class LogConfig:
     """Steps between rows of metrics.jsonl and console lines."""
     norms_every: int = 0
     """Steps between measurements of the norms of gradient, weights and update, in all and for each block; 0 is off."""
+    predict_every: int = 0
+    """Steps between predictions of the final loss from the curve so far (docs/laws.md); 0 is off."""
+    predict_loss: str = "loss"
+    """Key of metrics.jsonl that is predicted, such as val/<source>/loss, which needs eval.every."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; online falls back to offline when there is no key or network."""
     wandb_project: str = "nexa"

@@ -21,7 +21,7 @@ class Hook:
         return {}
 
     def on_row(self, trainer: Trainer, row: Row) -> None:
-        """After a row was made, on the main rank only."""
+        """After a row was made, on the main rank only; may add to it what hooks further down the list then see."""
 
     def after_step(self, trainer: Trainer) -> None:
         """After each step, when its row, if any, has been written."""

@@ -14,17 +14,21 @@ from nexa.checkpoint.files import write_all
 from nexa.errors import UserError
 
 
-def _complete_rows(path: Path, last_step: int) -> list[str]:
-    """Lines up to `last_step`; a line cut by a crash is dropped, as is what came after it."""
-    kept = []
+def _complete_lines(path: Path, last_step: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines up to `last_step` and their rows; a line cut by a crash is dropped, as is what came after it."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            step = json.loads(line)["step"]
+            row = json.loads(line)
+            step = row["step"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            break
+            return
         if step <= last_step:
-            kept.append(line)
-    return kept
+            yield line, row
+
+
+def complete_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The rows that a run which goes on from `last_step` keeps."""
+    return [row for _, row in _complete_lines(path, last_step)]
 
 
 class MetricsFile:
@@ -39,7 +43,7 @@ class MetricsFile:
         with self._errors_explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                kept = _complete_rows(path, last_step)
+                kept = [line for line, _ in _complete_lines(path, last_step)]
                 aside = path.with_suffix(".tmp")
                 aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
                 os.replace(aside, path)

@@ -179,3 +179,22 @@ def test_help_says_how(capsys):
     assert code == 0
     assert "nexa plan +exp=mixln_1b --gpus 8 --gpu H100" in re.sub(r" +", " ", out)
     assert "does not fit" in out
+
+
+def test_suggestions_of_published_laws(capsys):
+    rows = found(capsys, "+exp=pre_130m", "--suggest", "--proxy-width", "192")["suggestions"]
+    by_key = {row["key"]: row for row in rows}
+    # 84.95M parameters without embeddings and norms, 2.62B tokens: the published worked value
+    assert by_key["optim.lr"]["value"] == pytest.approx(3.10e-3, rel=5e-3)
+    assert by_key["optim.lr"]["current"] == 1e-3
+    assert by_key["optim.weight_decay"]["value"] == pytest.approx(0.221, rel=0.02)
+    assert by_key["lr of matrices"]["value"] == pytest.approx(2.5e-4)
+    assert all(row["source"] and row["outside"] == [] for row in rows)
+    assert "suggestions" not in found(capsys, "+exp=pre_130m")
+
+
+def test_suggestions_say_where_they_hold(capsys):
+    _, out, _ = plan(capsys, "+exp=pre_7b", "--suggest")
+    assert "Step Law, arXiv 2503.04715" in out
+    assert "60M to 1B parameters without embeddings" in out
+    assert re.search(r"OUTSIDE ITS RANGE: 6\.48B parameters without embeddings", out)

@@ -296,6 +296,12 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({"data__tokenizer_vocab_size": 33000}, None, "more tokens than the model.vocab_size=32000 rows"),
     ({"data__tokenizer_vocab_size": 99, "data__source": "store"}, None, "which data.source=store, data.tokenizer=null"),
     ({"eval__sources": []}, None, "eval.sources=[]: list packed stores"),
+    ({"log__predict_every": 9, "log__every": 0}, None, "log.predict_every=9: log.every=0 writes no loss while the run"),
+    (
+        {"log__predict_every": 9, "log__predict_loss": "val/a/loss", "eval__every": 0},
+        None,
+        "log.predict_every=9: eval.every=0 writes no val/a/loss while the run goes; set eval.every",
+    ),
     ({"log__sample_tokens": 1025}, None, "log.sample_tokens=1025: at most model.max_position_embeddings=1024"),
     ({"optim__betas": [0.9]}, None, "optim.betas=[0.9]: must be two numbers"),
     ({"optim__betas": [0.9, 1.0]}, None, "optim.betas=[0.9, 1.0]: every number must be in [0, 1)"),

@@ -1,0 +1,83 @@
+"""Runs as points of a scaling law: parameters, tokens, final loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nexa.config.schema import Config
+from nexa.errors import UserError
+from nexa.scaling.hyper import Run
+from nexa.scaling.sizes.files import numbers, read_table
+
+LAST = 0.05
+"""Share of the updates, the last ones, whose training losses are averaged."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run."""
+
+    path: str
+    parameters: float
+    tokens: float
+    loss: float
+
+
+def load(specs: Sequence[str], loss_key: str = "loss") -> list[Point]:
+    """The runs of CSV files (columns parameters, tokens, loss; a line for each run) and of run folders.
+
+    Raises:
+        UserError: a file or column is missing, a value is no number above 0, or a run has not reached its end.
+    """
+    points: list[Point] = []
+    for spec in specs:
+        if Path(spec).is_dir():
+            points.append(from_run(Path(spec), loss_key))
+            continue
+        table = read_table(spec)
+        columns = [numbers(table, name, spec) for name in ("parameters", "tokens", "loss")]
+        points += [Point(f"{spec} run {at + 1}", *map(float, row)) for at, row in enumerate(zip(*columns, strict=True))]
+    return points
+
+
+def from_run(folder: Path, loss_key: str) -> Point:
+    """A finished run: all its parameters, its tokens, and the mean of its last losses.
+
+    A validation loss counts by itself, the last one; training losses are averaged over the last `LAST` of the updates.
+    """
+    from nexa.config.files import load as load_config
+    from nexa.scaling.laws.curves import from_run as read_curve
+
+    cfg, curve = load_config(folder), read_curve(folder, loss_key)
+    total = curve.rates.total
+    if curve.index[-1] + 1 < total:
+        raise UserError(f"{folder}: ends at step {curve.index[-1] + 1} of {total}; give runs that have finished")
+    last = curve.index >= total - max(1, round(LAST * total)) if loss_key == "loss" else curve.index == total - 1
+    facts = describe(cfg)
+    return Point(str(folder), facts.size, facts.tokens, float(np.mean(curve.loss[last])))
+
+
+def describe(cfg: Config) -> Run:
+    """What laws read of a configuration; no model is allocated."""
+    from nexa.model.decoder import parameter_count
+
+    model = cfg.model
+    size = float(parameter_count(model, cfg.norm))
+    tables = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    batch = float(cfg.train.global_batch_size * cfg.data.sequence_length)
+    first, second = cfg.optim.betas
+    return Run(
+        size=size,
+        inner=size - tables,
+        tokens=batch * cfg.total_steps,
+        batch=batch,
+        sequence=float(cfg.data.sequence_length),
+        lr=cfg.optim.lr,
+        betas=(first, second),
+        decay=cfg.optim.weight_decay,
+        width=float(model.hidden_size),
+    )
