@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.studies import continual, runner
+from benchmarks.studies import continual, growth, growth_report, runner
 from benchmarks.studies.placements import LEARNING_RATES, SEEDS, VARIANTS, points
 from benchmarks.studies.placements_report import loss_table, name_of
 from benchmarks.studies.runner import Point, run_points
 from nexa.config import check, compose
 from nexa.config.schema import Config
+from nexa.growth.stages import budget, sizes
 from nexa.optim import learning_rate
 
 
@@ -55,6 +56,40 @@ def test_the_continual_study_is_valid_and_compares_one_thing(tmp_path: Path) -> 
 
         assert rate(ending, 0) == pytest.approx(rate(base, base.total_steps - 1)) == pytest.approx(2.2e-3)
         assert rate(ending, ending.total_steps) == pytest.approx(rate(trunk, trunk.total_steps)) == pytest.approx(4e-4)
+
+
+def test_the_growth_study_is_valid_and_compares_one_thing() -> None:
+    found = {point.name: compose(list(point.overrides)) for point in growth.points("stores/text", 2048)}
+    assert set(found) == {f"{name}_seed{seed}" for name in growth_report.TITLES for seed in growth.SEEDS}
+    assert [check(cfg, 1) for cfg in found.values()] == [[]] * len(found)
+    scratch, shorter = found["scratch_seed0"], found["scratch_equal_flops_seed0"]
+    assert shorter.train.steps is not None and shorter.train.steps < growth.STEPS
+    for name, cfg in found.items():
+        ends = sizes(cfg)
+        last = ends[-1].model
+        assert (last.hidden_size, last.intermediate_size, last.num_hidden_layers) == (128, 344, 8), name
+        assert ends[-1].parameters == sizes(scratch)[0].parameters
+        if name.endswith("_seed0") and cfg is not shorter:
+            assert dataclasses.replace(cfg, model=scratch.model, growth=scratch.growth) == scratch, name
+    one_step = budget(shorter, sizes(shorter)).flops / shorter.train.steps
+    stack = found["stack_seed0"]
+    assert budget(shorter, sizes(shorter)).flops == pytest.approx(budget(stack, sizes(stack)).flops, abs=one_step)
+
+
+def test_the_growth_report_measures_speed_up_to_the_same_loss() -> None:
+    def falling(first: float, per_step: float) -> growth_report.Curve:
+        axis = [float(number) for number in range(1, 11)]
+        return growth_report.Curve(axis, [10 * one for one in axis], [first - per_step * one for one in axis])
+
+    found = {"scratch": {0: falling(5.0, 0.1), 1: falling(5.0, 0.1)}, "stack": {0: falling(5.0, 0.2)}}
+    found["stack"][1] = falling(6.0, 0.1)
+    assert growth_report.reached([1, 2, 3], [5.0, 4.0, 2.0], 3.0) == 2.5
+    assert growth_report.reached([1, 2], [5.0, 4.0], 3.0) is None
+    assert growth_report.speedups(found, "stack", "flops") == pytest.approx([1.0])  # 10 steps in 5
+    lines = {line.split(" | ")[0].strip("| "): line for line in growth_report.table(found)}
+    assert "+100.0% (1 of 2 never there)" in lines["stack, 2 -> 8 blocks"]
+    assert lines["from scratch"].startswith("| from scratch | 2 | 4.000 ± 0.000 | +0.000 ± 0.000 |")
+    assert "not run" in lines["interleave, 2 -> 8"]
 
 
 def test_points_end_once_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,19 +145,9 @@ class SaveJob:
         marker = {"step": self.step, "attempt": self.attempt, "manifest_sha256": record.sha256}
         files.write_json(self.tmp / catalog.COMPLETE, marker)
         files.fsync_directory(self.tmp)
-        self._rename()
+        put_in_place(self.tmp, self.final)
         for path in self.retention.surplus(catalog.list_checkpoints(self.root), self.step):
             files.discard(path)
-
-    def _rename(self) -> None:
-        """Give the finished directory its name; one of the same step stays findable until then."""
-        old = self.final.with_name(self.final.name + catalog.OLD_SUFFIX)
-        if self.final.exists():
-            files.discard(old)
-            os.rename(self.final, old)
-        os.rename(self.tmp, self.final)
-        files.fsync_directory(self.root)
-        files.discard(old)
 
     def _await_parts(self) -> list[dict[str, Any]]:
         """The records of all ranks, in order. Raises UserError when one gave up or none comes in time."""
@@ -228,6 +218,17 @@ class SaveJob:
             files.publish_json(self.tmp / f"failed_{self.rank:05d}.json", {"error": str(error)})
         except OSError:
             files.discard(self.tmp)
+
+
+def put_in_place(new: Path, final: Path) -> None:
+    """Give a finished directory its name; one of the same step stays findable until then, and goes."""
+    old = final.with_name(final.name + catalog.OLD_SUFFIX)
+    if final.exists():
+        files.discard(old)
+        os.rename(final, old)
+    os.rename(new, final)
+    files.fsync_directory(final.parent)
+    files.discard(old)
 
 
 def clean(root: Path, keep: Path | None = None) -> None:

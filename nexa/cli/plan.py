@@ -22,6 +22,7 @@ examples:
   nexa plan +exp=mixln_1b                                     memory of a rank on one GPU of any kind
   nexa plan +exp=mixln_1b --gpus 8 --gpu H100                 fit, step time, length of the run
   nexa plan +exp=pre_7b --gpus 8 --memory-gib 80 --json       another GPU, by its memory
+  nexa plan +exp=gstack_7b --gpus 64 --gpu H100                a run that grows: base, FLOPs, average size
   nexa plan +exp=pre_1b train.micro_batch_size=64 --gpu A100-80GB --price-per-hour 2.5
   nexa plan +exp=pre_130m --suggest                           and what published laws say of its hyper-parameters
 
@@ -146,6 +147,7 @@ def report(cfg: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     from nexa.scaling.step_time import Machine
 
     gpus = arguments.gpus
+    cfg, growth = _growth(cfg)
     gpu = GPUS.get(arguments.gpu or "")
     capacity = arguments.memory_gib * GIB if arguments.memory_gib else gpu.memory if gpu else None
     machine = Machine(gpu, arguments.mfu, arguments.network_gbps * 1e9 / 8) if gpu else None
@@ -158,6 +160,7 @@ def report(cfg: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     changes = list(planner.single_changes(layout)) if fits is False else []
     return {
         "run": _run(cfg, planner),
+        "growth": growth,
         "gpu": {
             "name": arguments.gpu,
             "count": gpus,
@@ -168,9 +171,42 @@ def report(cfg: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "layout": _layout(layout),
         "memory": _memory(plan) | {"fits": fits},
-        "time": _time(plan, arguments.price_per_hour),
+        "time": _time(plan, arguments.price_per_hour, 1 - growth["flops_saved"] if growth else 1.0),
         "changes": [_option(each, other, planner) for each, other in changes],
         "quickest": None if quickest is None else _option(*quickest, planner),
+    }
+
+
+def _growth(cfg: Config) -> tuple[Config, dict[str, Any] | None]:
+    """`cfg` with its last size, the largest one, and what its growths are; None where there are none.
+
+    Raises UserError for a growth that is impossible, ConfigError for a size that cannot be trained.
+    """
+    if not cfg.growth.stages:
+        return cfg, None
+    from nexa.growth import guideline, stages
+
+    found = stages.sizes(cfg)
+    timed = stages.with_timing(cfg, found[-1])
+    cost, guide = stages.budget(timed, found), stages.guided(cfg, found[-1])
+    sizes = [
+        {
+            "blocks": size.model.num_hidden_layers,
+            "parameters": size.parameters,
+            "from_step": step,
+            "tokens": tokens,
+            "flops": tokens * size.flops_per_token,
+        }
+        for size, step, tokens in zip(found, [0, *stages.growth_steps(timed)], cost.tokens, strict=True)
+    ]
+    last = dataclasses.replace(timed, model=found[-1].model, norm=found[-1].norm)
+    return last, {
+        "sizes": sizes,
+        "flops": cost.flops,
+        "flops_saved": 1 - cost.flops / cost.flops_from_scratch,
+        "average_parameters": cost.average_parameters,
+        "guideline": None if guide is None else dataclasses.asdict(guide),
+        "published_speedups": guideline.PUBLISHED_SPEEDUPS if guide is not None and guide.published else None,
     }
 
 
@@ -224,13 +260,14 @@ def _memory(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _time(plan: Plan, price: float | None) -> dict[str, Any]:
+def _time(plan: Plan, price: float | None, share: float) -> dict[str, Any]:
+    """share: of the FLOPs that all steps would take with this size, those that the run takes."""
     from nexa.scaling.plan import SECONDS_PER_HOUR
 
     cfg, time = plan.layout.cfg, plan.time
     if time is None:
         return {"step": None, "parts": None, "tokens_per_second": None, "run": None, "cost": None, "basis": plan.basis}
-    seconds = time.total * cfg.total_steps
+    seconds = time.total * cfg.total_steps * share
     cost = None if price is None else seconds / SECONDS_PER_HOUR * plan.layout.world * price
     return {
         "step": time.total,
@@ -261,6 +298,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         f"{run['name']}: {run['parameters'] / 1e6:,.1f}M parameters, {run['precision']}; {run['steps']:,} steps of "
         f"{run['tokens_per_step']:,} tokens = {run['tokens'] / 1e9:,.3g}B tokens"
     )
+    if found["growth"] is not None:
+        yield from _growth_lines(found["growth"])
     stage = layout["zero_stage_used"]
     used = "" if stage == layout["zero_stage"] else f" in place of {layout['zero_stage']}"
     yield (
@@ -290,6 +329,26 @@ def _suggestion_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"    {'; '.join([', '.join(ranges), row['note']] if ranges else [row['note']])}"
         for text in row["outside"]:
             yield f"    OUTSIDE ITS RANGE: {text}"
+
+
+def _growth_lines(growth: dict[str, Any]) -> Iterator[str]:
+    for size in growth["sizes"]:
+        yield (
+            f"  from step {size['from_step']:,}: {size['blocks']} blocks, {size['parameters'] / 1e6:,.1f}M parameters, "
+            f"{size['tokens'] / 1e9:,.3g}B tokens, {size['flops']:.3g} FLOPs"
+        )
+    yield (
+        f"  in all {growth['flops']:.3g} FLOPs, {growth['flops_saved']:.1%} less than the last size on all tokens; "
+        f"{growth['average_parameters'] / 1e6:,.1f}M parameters on average over tokens"
+    )
+    if (guide := growth["guideline"]) is not None:
+        yield f"  guideline: a base of {guide['tokens'] / 1e9:,.3g}B tokens, {guide['rule']}"
+    if (speedups := growth["published_speedups"]) is not None:
+        named = ", ".join(f"{share:.1%} ({what})" for what, share in speedups.items())
+        yield f"  expected: the published speed-up at equal loss, D_scratch / D_grown - 1: {named}"
+    else:
+        yield "  expected saving at equal loss: not known, nothing like it was published; measure it"
+    yield "  below: the last size, which needs most; the length of the run counts earlier steps by their FLOPs"
 
 
 def _memory_lines(memory: dict[str, Any], gpu: dict[str, Any]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from functools import partial
 
 from nexa.config.data_checks import DATA_CHECKS
 from nexa.config.fields import shorten
+from nexa.config.growth_checks import GROWTH_CHECKS
 from nexa.config.limits import outside, value_of
 from nexa.config.norm_checks import NORM_CHECKS
 from nexa.config.rules import Check, multiples, reads
@@ -305,6 +306,11 @@ def _half_on_cpu(cfg: Config, world_size: int | None) -> Iterator[str]:
 
 
 CHECKS += DATA_CHECKS
+
+
+# Growth -----------------------------------------------------------------------------------------
+
+CHECKS += GROWTH_CHECKS
 
 
 @_reads("data.packing", "data.document_mask")

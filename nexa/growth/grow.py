@@ -63,19 +63,27 @@ class Result:
         return overrides(self.path, self.model, self.norm, "new_schedule")
 
 
-def grow(checkpoint: str | Path, destination: str | Path, growth: Growth, *, note: Note = lambda text: None) -> Result:
+def grow(
+    checkpoint: str | Path,
+    destination: str | Path,
+    growth: Growth,
+    *,
+    note: Note = lambda text: None,
+    state: dict[str, Any] | None = None,
+) -> Result:
     """Write a grown checkpoint of `checkpoint`, or of a run's newest one, at `destination`.
 
     The result is one like any other, that every layout reads: weights (and optimizer state) in fp32, the source's step
-    and counters, and `origin` in its manifest. Tensors pass through in pieces: memory does not grow with the model.
-    Raises UserError when the source is damaged, when the request is wrong or impossible (with the reason), and when
-    `destination` is there already or cannot be written; nothing is left there then.
+    and counters, and `origin` in its manifest. state: further keys of its state.json. Tensors pass through in pieces:
+    memory does not grow with the model. Raises UserError when the source is damaged, when the request is wrong or
+    impossible (with the reason), and when `destination` is there already or cannot be written; nothing is left there
+    then.
     """
     path = Path(destination).absolute()
     check_free(path)
     source, config, model, norm = open_checkpoint(checkpoint)
     target = plan(model, norm, growth)
-    manifest, state = catalog.read_manifest(source), catalog.read_state(source)
+    manifest, saved = catalog.read_manifest(source), catalog.read_state(source)
     stored = manifest["parameters"]
     keeps = growth.moments != "reset"
     if keeps:
@@ -94,7 +102,7 @@ def grow(checkpoint: str | Path, destination: str | Path, growth: Growth, *, not
             ours = config_json(target.model, target.norm, eos_token_id=config.get("eos_token_id"))
             ours |= {key: config[key] for key in ("bos_token_id", "nexa_tokenizer") if key in config}
             records[catalog.CONFIG] = files.write_json(aside / catalog.CONFIG, ours)
-            ours_state = _state(state, growth, made, tensors)
+            ours_state = _state(saved | (state or {}), growth, made, tensors)
             origin = _origin(source, manifest["step"], target)
             seal(aside, records, made.shapes, states, manifest["step"], ours_state, origin=origin)
     counts = parameter_count(model, norm), parameter_count(target.model, target.norm)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from nexa.config.schema import ScheduleConfig
 
@@ -137,3 +138,27 @@ def learning_rate(step: int, peak: float, total: int, cfg: ScheduleConfig) -> fl
     if step < cfg.warmup_steps:
         return peak * (step + 1) / cfg.warmup_steps
     return peak * SCHEDULES[cfg.name](step, total, cfg)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A change of the schedule after step `step`. peak: from then on. how: the whole schedule anew over the steps that
+    are left (`restart`), the one that runs (`continue`), or that with a linear warm-up (`rewarm`)."""
+
+    step: int
+    how: str
+    peak: float
+
+
+def learning_rate_with_turns(step: int, peak: float, total: int, cfg: ScheduleConfig, turns: Sequence[Turn]) -> float:
+    """Learning rate of update `step` (from 0) of `total` in a schedule with turns, which come in their order."""
+    start, share = 0, 1.0
+    for turn in turns:
+        if step < turn.step:
+            break
+        peak, share = turn.peak, 1.0
+        if turn.how == "restart":
+            start = turn.step
+        elif turn.how == "rewarm" and cfg.warmup_steps:
+            share = min(1.0, (step - turn.step + 1) / cfg.warmup_steps)
+    return share * learning_rate(step - start, peak, total - start, cfg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from nexa.checkpoint.fragment import Fragment
 from nexa.config.schema import Config
-from nexa.hardware import keep_freed_memory
+from nexa.hardware import keep_freed_memory, return_freed_memory
 from nexa.model.block import Block
 from nexa.model.decoder import Decoder
 from nexa.model.statistics import tensors_of
@@ -92,6 +93,16 @@ class Engine:
         if self.device.type == "cpu":
             # not before: kept memory between a model's parts would grow to a second model
             keep_freed_memory()
+
+    def release(self) -> None:
+        """Give the memory back, for another engine in this process; this one cannot be used afterwards."""
+        self._engine.destroy()
+        del self._engine, self.module
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            return_freed_memory()
 
     @staticmethod
     def prepare(topology: Topology) -> Any:

@@ -11,7 +11,7 @@ from nexa.config import load
 from nexa.config.schema import Config
 from nexa.diagnostics.data import run_of
 from nexa.errors import UserError
-from nexa.optim import learning_rate
+from nexa.train.course import rate_at
 
 logger = logging.getLogger("nexa")
 
@@ -38,14 +38,14 @@ def with_trunk_rate(cfg: Config) -> Config:
 
 def _rate_at(checkpoint: Path) -> tuple[float, int]:
     """(rate of the update that would have come after a checkpoint, number of updates before it)."""
-    run, step = run_of(checkpoint), int(read_state(checkpoint)["state"]["step"])
+    run, saved = run_of(checkpoint), read_state(checkpoint)
+    step = int(saved["state"]["step"])
     if run is None:
         raise UserError(
             f"{checkpoint} lies in no run's folder, so its schedule is not known; set resume.mode=new_schedule, and "
             "optim.lr to the rate to begin with"
         )
-    trunk = load(run)
-    lr = learning_rate(step, trunk.optim.lr, trunk.total_steps, trunk.schedule)
+    lr = rate_at(load(run), saved)
     if lr <= 0:
         raise UserError(f"its learning rate is 0 after step {step}; branch from an earlier checkpoint of {run}")
     return lr, step

@@ -17,12 +17,13 @@ from nexa.config.schema import Config
 from nexa.errors import EXIT_INTERRUPTED, UserError
 from nexa.hardware import peak_flops
 from nexa.interop.huggingface import config_json
-from nexa.model.decoder import flops_per_token, parameter_count
+from nexa.model.decoder import parameter_count
 from nexa.model.kinds import KINDS
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import Topology, connect, disconnect
 from nexa.train import resume
 from nexa.train.branch import with_trunk_rate
+from nexa.train.course import Course
 from nexa.train.data import TrainingData, open_validation
 from nexa.train.folder import RunFolder, package_versions
 from nexa.train.hooks import build_hooks
@@ -31,7 +32,9 @@ from nexa.train.hooks.console import quantity
 from nexa.train.loop import Trainer
 from nexa.train.refine import with_points
 from nexa.train.sources import data_identity, open_sources
+from nexa.train.stages import announce, last_step, prepared, train_through
 from nexa.train.state import RunState
+from nexa.train.stop import StopFlag
 
 logger = logging.getLogger("nexa")
 
@@ -99,8 +102,11 @@ def _announce(cfg: Config, topology: Topology) -> None:
     logger.info("peak for MFU: %s; loss of a uniform guess: %.4f", mfu, math.log(cfg.model.vocab_size))
 
 
-def build_trainer(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer:
-    """Everything up to the first step. Data before the model: its mistakes are found in a second."""
+def build_trainer(cfg: Config, topology: Topology, folder: RunFolder, course: Course) -> Trainer:
+    """Everything up to the first step; cfg: of the present size.
+
+    Data before the model: its mistakes are found in a second.
+    """
     sources = open_sources(cfg, topology)
     first = sources.first
     data = TrainingData(cfg, topology, sources)
@@ -120,15 +126,14 @@ def build_trainer(cfg: Config, topology: Topology, folder: RunFolder) -> Trainer
     if not files and (first.tokenizer_hash is not None or cfg.data.tokenizer == "bytes"):
         exported["nexa_tokenizer"] = "bytes"
     checkpoint = CheckpointHook(folder.checkpoints, exported, files, identity)
-    flops = flops_per_token(cfg.model, cfg.norm, cfg.data.sequence_length)
     peak, _ = peak_flops(topology.device, cfg.train.precision)
-    return Trainer(cfg, engine, data, state, build_hooks(cfg, validation, checkpoint), flops, peak)
+    return Trainer(cfg, engine, data, state, build_hooks(cfg, validation, checkpoint), course, peak)
 
 
-def _outcome(trainer: Trainer) -> int:
-    """Say how the run ended; its exit code."""
+def _outcome(trainer: Trainer, last: int) -> int:
+    """Say how the run ended; its exit code. last: the step at which it was to end."""
     stop, step = trainer.stop, trainer.state.step
-    if not stop.asked or trainer.finished:
+    if not stop.asked or step >= last:
         logger.info("done: step %d of %d", step, trainer.total_steps)
         return 0
     saved = "checkpoint saved" if trainer.checkpoint_due else "not saved (checkpoint.on_interrupt=false)"
@@ -143,23 +148,23 @@ def run(cfg: Config) -> int:
     """
     topology = connect(cfg)
     _log_to_stdout(topology.is_main)
-    cfg = with_trunk_rate(with_points(cfg))
+    cfg, sizes = prepared(with_trunk_rate(with_points(cfg)), topology.world_size)
     _compare_ranks(cfg, topology)
     folder = RunFolder(cfg)
     if topology.is_main:
         folder.open(cfg, topology)
         _announce(cfg, topology)
+        announce(cfg, sizes)
     dist.barrier(group=topology.control_group)
-    trainer = build_trainer(cfg, topology, folder)
-    if trainer.finished:
-        logger.info("run %s is complete at step %d; nothing to do", folder.path, trainer.state.step)
-        disconnect()
-        return 0
-    trainer.stop.install()
+    stop = StopFlag()
     try:
-        trainer.fit()
+        trainer, trained = train_through(cfg, sizes, topology, folder, build_trainer, stop)
     finally:
-        trainer.stop.release()
-    code = _outcome(trainer)
+        stop.release()
+    code = 0
+    if trained:
+        code = _outcome(trainer, last_step(cfg))
+    else:
+        logger.info("run %s is complete at step %d; nothing to do", folder.path, trainer.state.step)
     disconnect()
     return code

@@ -15,10 +15,10 @@ from data_pipeline.loader import Prefetcher
 from nexa.config.schema import Config
 from nexa.errors import NOT_FINITE, UserError
 from nexa.hardware import memory_gib
-from nexa.optim import learning_rate
 from nexa.parallel.engine import Engine, NonFiniteGradient, StepResult
 from nexa.parallel.norms import summarise
 from nexa.train import reweight
+from nexa.train.course import Course
 from nexa.train.data import StepData, TensorBatch, TrainingData
 from nexa.train.hook import Hook, Row
 from nexa.train.rows import gather_rows, losses_by_source
@@ -76,17 +76,17 @@ class Trainer:
         data: TrainingData,
         state: RunState,
         hooks: list[Hook],
-        flops_per_token: float,
+        course: Course,
         peak_flops: float | None,
     ) -> None:
-        """flops_per_token: of training. peak_flops: of one device, None when unknown (MFU is then left out)."""
+        """peak_flops: of one device, None when unknown (MFU is then left out)."""
         self.config, self.engine, self.data, self.state, self.hooks = cfg, engine, data, state, hooks
         self.topology = engine.topology
         self.total_steps = cfg.total_steps
         self.last_step = min(cfg.total_steps, cfg.train.stop_at or cfg.total_steps)
         self.stop = StopFlag()
         self.clock = Clock()
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self.course, self._peak_flops = course, peak_flops
         self._laps = 0
 
     @property
@@ -146,7 +146,7 @@ class Trainer:
         losses = [
             self.engine.forward_backward(batch, scored, each) for batch, each in zip(batches, factors, strict=True)
         ]
-        lr = learning_rate(self.state.step, self.config.optim.lr, self.total_steps, self.config.schedule)
+        lr = self.course.rate(self.state.step)
         try:
             result = self.engine.step(lr, measure=_due(self.state.step + 1, self.config.log.norms_every))
         except NonFiniteGradient:
@@ -207,8 +207,9 @@ class Trainer:
             "memory_gib": memory_gib(self.engine.device),
         }
         if self._peak_flops is not None:
-            achieved = per_step / seconds * self._flops_per_token / self.topology.world_size
+            achieved = per_step / seconds * self.course.size.flops_per_token / self.topology.world_size
             row["mfu"] = achieved / self._peak_flops
+        row |= self.course.row(self.state.tokens)
         if self.config.train.precision == "fp16":
             row["skipped"] = self.state.skipped
         if (names := self.data.row_sources(self.state.step - 1)) is not None:

@@ -53,6 +53,40 @@ def test_the_object_has_everything(capsys):
     assert got["changes"] == []
 
 
+def test_a_run_that_grows_shows_base_cost_and_saving(capsys):
+    got = found(capsys, "+exp=gstack_7b", "--gpus", "64")
+    growth = got["growth"]
+    small, large = growth["sizes"]
+    assert (small["blocks"], large["blocks"], large["from_step"]) == (8, 32, 5000)
+    assert small["tokens"] == 5000 * 1024 * 2048
+    assert small["tokens"] + large["tokens"] == got["run"]["tokens"]
+    assert got["run"]["parameters"] == large["parameters"] == 6_738_415_616
+    assert growth["flops"] == small["flops"] + large["flops"]
+    per_token = [size["flops"] / size["tokens"] for size in (small, large)]
+    assert growth["flops_saved"] == pytest.approx(
+        small["tokens"] * (per_token[1] - per_token[0]) / (per_token[1] * got["run"]["tokens"])
+    )
+    share = small["tokens"] / got["run"]["tokens"]
+    assert growth["average_parameters"] == pytest.approx(
+        share * small["parameters"] + (1 - share) * large["parameters"]
+    )
+    assert growth["guideline"]["published"] and growth["guideline"]["tokens"] == pytest.approx(20.1e9, rel=0.02)
+    _, out, _ = plan(capsys, "+exp=gstack_7b", "--gpus", "64")
+    assert "  from step 5,000: 32 blocks, 6,738.4M parameters, 300B tokens" in out and "54.6% (7B, 194B)" in out
+
+
+def test_below_the_law_a_tenth_is_said_and_no_saving_promised(capsys):
+    code, out, _ = plan(capsys, "+exp=gstack_progressive_small")
+    assert code == 0 and "guideline" not in out and "not known, nothing like it was published" in out
+    code, out, _ = plan(capsys, "+exp=quickstart", "growth=stack")
+    assert code == 0 and "  from step 28: 16 blocks" in out and "10% of the tokens by rule of thumb: C = " in out
+    got = found(capsys, "+exp=quickstart", "growth=stack", "--gpu", "H100")
+    share = 1 - got["growth"]["flops_saved"]
+    assert 0.9 < share < 1 and got["time"]["run"] == pytest.approx(got["time"]["step"] * 280 * share)
+    code, _, err = plan(capsys, "+exp=quickstart", "growth=stack", "growth.stages.0.factor=0")
+    assert code == 2 and "growth.stages[0]: factor=0: must be" in err
+
+
 def test_what_does_not_fit_names_keys_and_what_they_give(capsys):
     words = ("+exp=pre_1b", "train.micro_batch_size=512", "--gpu", "A100-80GB")
     code, out, _ = plan(capsys, *words)

@@ -34,6 +34,52 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
         None,
         "diagnose.batches=9: more than the validation set of eval.batches=8 global batches; set diagnose.batches=8",
     ),
+    (
+        {"growth__stages": [{"at_tokens": 100, "factor": 2}, {"at_tokens": 16384, "factor": 2}]},
+        None,
+        "growth.stages[1].at_tokens=16384: must be a step of 16384 tokens or more after the start and the growth "
+        "before: more than 16384",
+    ),
+    (
+        {"growth__stages": [{"at_tokens": 0, "factor": 2}]},
+        None,
+        "growth.stages[0].at_tokens=0: must be a step",
+    ),
+    (
+        {"growth__stages": [{"at_tokens": 16384 * 99 + 1, "factor": 2}]},
+        None,
+        "growth.stages[0].at_tokens=1622017: nothing would be trained after it; the run ends after 1638400 tokens",
+    ),
+    (
+        {"growth__stages": [{"factor": 2}, {"at_tokens": 16384, "factor": 2}]},
+        None,
+        "growth.stages[0].at_tokens=null: the guideline is for a single growth; give the tokens",
+    ),
+    ({"growth__stages": [{"factor": 2, "lr": 0.0}]}, None, "growth.stages[0].lr=0.0: must be greater than 0, or null"),
+    (
+        {"growth__stages": [{"factor": 2}], "resume__mode": "continue", "resume__path": "runs/old"},
+        None,
+        "growth.stages: counts this run's own tokens, resume.mode=continue another run's",
+    ),
+    (
+        {"growth__stages": [{"factor": 2}], "schedule__name": "cyclic", "schedule__restart_steps": [50]},
+        None,
+        "growth.stages[0].schedule=restart: schedule.name=cyclic counts its schedule.restart_steps from the start",
+    ),
+    (
+        {"growth__stages": [{"factor": 2, "schedule": "rewarm"}]},
+        None,
+        "growth.stages[0].schedule=rewarm: takes schedule.warmup_steps=0",
+    ),
+    (
+        {
+            "growth__stages": [{"factor": 2, "at_tokens": 16384 * 90}],
+            "schedule__name": "wsd",
+            "schedule__warmup_steps": 9,
+        },
+        None,
+        "growth.stages[0].schedule=restart: warm-up and decay of the schedule take 11 steps, 10 are left",
+    ),
     ({"reweight__apply": True}, None, "reweight.apply=true: reweight.strategy=none has no weights to apply; set rew"),
     (
         {"reweight__apply": True, "reweight__strategy": "extremes", "norm__kind": "powernorm"},

@@ -11,6 +11,7 @@ import pytest
 
 from nexa.config import check, compose
 from nexa.config.files import CONF
+from nexa.config.growth import GrowthConfig
 from nexa.config.schema import Config, ModelConfig, Placement, ScheduleConfig
 from nexa.optim import learning_rate
 
@@ -51,6 +52,7 @@ KINDS = {method: method for method in ("dyt", "seednorm", "gatednorm", "bhyt")}
 PAPERS = {"paper_dyt_7b": 4_194_304, "paper_hybridnorm_star_1b": 4_194_304}
 """Papers' own runs and the tokens of their steps."""
 CONTINUAL = ("base", "union", "new_only", "no_rewarm", "same_data", "infinite_base", "infinite")
+GSTACK = {f"gstack_{size}" for size in ("410m", "1b", "3b", "7b", "small", "progressive_small")}
 CPT = {f"cpt_{size}{kind}" for size in ("405m", "small") for kind in ("", *(f"_{kind}" for kind in CONTINUAL))} | {
     "cpt_405m_german",
     "annealing_405m",
@@ -74,7 +76,9 @@ def parameters(model: ModelConfig) -> int:
 
 
 def test_there_is_one_experiment_per_method_and_size():
-    assert set(EXPERIMENTS) == {*OTHERS, *PAPERS, *CPT} | {f"{method}_{size}" for method in METHODS for size in SIZES}
+    assert set(EXPERIMENTS) == {*OTHERS, *PAPERS, *CPT, *GSTACK} | {
+        f"{method}_{size}" for method in METHODS for size in SIZES
+    }
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -84,7 +88,7 @@ def test_experiment_composes_and_validates(name: str):
     assert (config.run.name, config.run.dir) == (name, f"runs/{name}")
     if name in PAPERS:
         assert config.train.global_batch_size * config.data.sequence_length == PAPERS[name]
-    if name in OTHERS or name in PAPERS or name in CPT:
+    if name in {*OTHERS, *PAPERS, *CPT, *GSTACK}:
         return
     method, size = name.rsplit("_", 1)
     assert check(config, 8) == []
@@ -145,7 +149,29 @@ def test_experiment_is_valid_when_shrunk(name: str):
     model = dataclasses.replace(config.model, **SMALL)
     train = dataclasses.replace(config.train, steps=2, tokens=None, device="cpu")
     schedule = dataclasses.replace(config.schedule, warmup_steps=1)
-    assert check(dataclasses.replace(config, model=model, train=train, schedule=schedule), 1) == []
+    small = dataclasses.replace(config, model=model, train=train, schedule=schedule, growth=GrowthConfig())
+    assert check(small, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks", "width", "tokens", "lr"),
+    [
+        ("410m", 6, 1024, 750e9, 6e-4),
+        ("1b", 6, 2048, 100e9, 3e-4),
+        ("3b", 8, 2560, 300e9, 1.6e-4),
+        ("7b", 8, 4096, 300e9, 1e-4),
+    ],
+)
+def test_growth_experiments_have_the_papers_numbers(size: str, blocks: int, width: int, tokens: float, lr: float):
+    config = composed(f"+exp=gstack_{size}")
+    (stage,) = config.growth.stages
+    per_step = config.train.global_batch_size * config.data.sequence_length
+    assert (config.model.num_hidden_layers, config.model.hidden_size) == (blocks, width)
+    assert (per_step, stage.at_tokens, stage.factor, stage.operator) == (2_097_152, 5000 * per_step, 4, "stack")
+    assert (stage.moments, stage.schedule, stage.lr, config.optim.lr) == ("reset", "restart", lr, 1e-3)
+    assert config.train.tokens == stage.at_tokens + tokens
+    assert (config.schedule.warmup_steps, config.schedule.min_lr_ratio) == (3000, 0.1)
+    assert config.optim.decay_norms and config.optim.decay_embeddings and config.optim.weight_decay == 0.1
 
 
 def test_shrinking_from_the_command_line():

@@ -13,6 +13,8 @@ from nexa.model.decoder import parameter_count
 from nexa.parallel.topology import Topology, connect, disconnect
 from nexa.train.folder import RunFolder
 from nexa.train.launch import build_trainer
+from nexa.train.stages import prepared, train_through
+from nexa.train.stop import StopFlag
 from tests.conftest import REPOSITORY
 
 EXPERIMENTS = sorted(path.stem for path in (REPOSITORY / "conf" / "exp").glob("*.yaml"))
@@ -43,6 +45,8 @@ def topology() -> Iterator[Topology]:
 
 
 SIZES = ("130m", "250m", "350m", "1b", "7b")
+GROWN = {"gstack_1b", "gstack_3b", "gstack_7b"}
+"""Shrunk they are gstack_410m again."""
 OTHER_SIZES = {name for name in EXPERIMENTS if any(name.endswith(f"_{size}") for size in SIZES)} - {
     name for name in EXPERIMENTS if name.startswith("paper_")
 }
@@ -56,22 +60,28 @@ ALIKE = {name for name in EXPERIMENTS if name.startswith(("cpt_", "annealing_"))
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHER_SIZES | ALIKE)) for n in EXPERIMENTS]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHER_SIZES | ALIKE | GROWN)) for n in EXPERIMENTS]
 )
 def test_two_steps(name: str, topology: Topology, embedded_cache: Path, tmp_path: Path) -> None:
     # also what goes on from a trained model begins anew here
     new = ["resume.mode=auto", "resume.path=null", "resume.reset_optimizer=false", "data.source=embedded"]
     new += ["data.replay_from=null", "data.replay=null"]
+    # growths come with the steps that there are
+    stages = compose([f"+exp={name}"]).growth.stages
+    grow = [f"growth.stages.{number}.at_tokens={64 * (number + 1)}" for number in range(len(stages))]
+    steps = max(2, len(stages) + 1)
+    new += [*grow, f"train.steps={steps}"]
     cfg = compose([f"+exp={name}", *SHRINK, *new, f"data.cache_dir={embedded_cache}", f"run.dir={tmp_path}"])
     assert check(cfg, world_size=1) == []
     folder = RunFolder(cfg)
     folder.open(cfg, topology)
-    trainer = build_trainer(cfg, topology, folder)
-    trainer.fit()
+    trainer, _ = train_through(*prepared(cfg, 1), topology, folder, build_trainer, StopFlag())
+    StopFlag.release()
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert len(rows) == 2
-    assert trainer.state.step == 2
-    assert (tmp_path / "checkpoints" / "step_00000002" / "COMPLETE").exists()
+    assert len(rows) == steps
+    assert trainer.state.step == steps
+    assert trainer.config.model.num_hidden_layers == 4 * math.prod(stage.factor or 1 for stage in stages)
+    assert (tmp_path / "checkpoints" / f"step_{steps:08d}" / "COMPLETE").exists()
     loss = float(rows[0].split('"loss": ')[1].split(",")[0])
     assert math.isfinite(loss)
 

@@ -155,12 +155,13 @@ def from_config(cfg: Config) -> Rates:
     Raises:
         UserError: the configuration gives the length of the run neither in steps nor in tokens.
     """
-    from nexa.optim.schedules import learning_rate
+    from nexa.growth.stages import growth_steps, rate_of
 
     if not (cfg.train.steps or cfg.train.tokens):
         raise UserError(f"run {cfg.run.name}: config.yaml has neither train.steps nor train.tokens")
     total = cfg.total_steps
-    values = [learning_rate(step, cfg.optim.lr, total, cfg.schedule) for step in range(total + 1)]
+    growths = growth_steps(cfg)
+    values = [rate_of(cfg, step, growths) for step in range(total + 1)]
     return Rates(np.array(values, dtype=np.float64), cfg.schedule.warmup_steps, dataclasses.asdict(cfg.schedule))
 
 

@@ -39,7 +39,7 @@ class CheckpointHook(Hook):
         assert self._writer is not None
         if not trainer.checkpoint_due:
             return
-        state = {
+        state: dict[str, Any] = {
             "state": trainer.state.to_dict(),
             "data": self._data,
             "optim": {"lr": trainer.config.optim.lr},
@@ -47,6 +47,7 @@ class CheckpointHook(Hook):
             "stage_starts": trainer.data.stage_starts,
             "tokens_by_source": trainer.data.tokens_by_source(trainer.state.step),
         }
+        state |= trainer.course.saved()
         if (place := trainer.data.position(trainer.state.step)) is not None:
             state["stream"] = place
         self._writer.save(trainer.state.step, trainer.engine.fragments(), state, self._model_config, self._files)

@@ -66,7 +66,7 @@ class WandbHook(Hook):
             resume="allow",
             mode=mode,
             dir=str(self._dir),
-            config=asdict(trainer.config),
+            config=asdict(trainer.course.cfg),
             settings=settings,
         )
         # rows carry `step` and `tokens` as values: W&B drops a row whose own step goes back after a resume

@@ -1,0 +1,167 @@
+"""Table and figure of the growth study, from its folder.
+
+    python -m benchmarks.studies.growth_report STUDY --figures docs/images
+
+Prints the table in Markdown. What was not run is left out and counted. The speed-up of a run is by how much more FLOPs
+(or tokens) the run from scratch takes, with its whole schedule, than the grown run until its validation loss is for the
+first time as low: F_scratch / F - 1. A run that is still on a higher learning rate then is worse than one whose
+schedule ends there, so the number is on the careful side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.studies.growth import SEEDS
+from benchmarks.studies.runner import metrics
+from nexa.config import load
+from nexa.model.decoder import flops_per_token
+
+TITLES = {
+    "scratch": "from scratch",
+    "scratch_equal_flops": "from scratch, FLOPs of stack",
+    "stack": "stack, 2 -> 8 blocks",
+    "stack_moments": "stack, moments copied",
+    "interleave": "interleave, 2 -> 8",
+    "zero": "zero, 2 -> 8",
+    "noise": "noise, 2 -> 8",
+    "widen": "widen, width 64 -> 128",
+    "progressive": "stack, 2 -> 4 -> 8",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Validation of one run: tokens, FLOPs and loss at each evaluation."""
+
+    tokens: list[float]
+    flops: list[float]
+    losses: list[float]
+
+
+def curve(run: Path) -> Curve | None:
+    """Validation curve of a run; None when there is none yet."""
+    rows = metrics(run)
+    keys = {key for row in rows for key in row if key.startswith("val/") and key.endswith("/loss")}
+    if len(keys) != 1:
+        return None
+    (key,) = keys
+    cfg = load(run)
+    fixed = flops_per_token(cfg.model, cfg.norm, cfg.data.sequence_length)
+    found = [row for row in rows if row.get(key) is not None]
+    flops = [row.get("flops", row["tokens"] * fixed) for row in found]
+    return Curve([row["tokens"] for row in found], flops, [row[key] for row in found])
+
+
+def read(study: Path) -> dict[str, dict[int, Curve]]:
+    """Curves of the runs that have ended, by variant and seed."""
+    found: dict[str, dict[int, Curve]] = {}
+    for variant, seed in itertools.product(TITLES, SEEDS):
+        name = f"{variant}_seed{seed}"
+        one = curve(study / "runs" / name) if (study / "results" / f"{name}.json").exists() else None
+        if one is not None:
+            found.setdefault(variant, {})[seed] = one
+    return found
+
+
+def reached(axis: Sequence[float], losses: Sequence[float], target: float) -> float | None:
+    """Where on `axis` the loss is `target` for the first time, straight between evaluations; None when it never is."""
+    if losses[0] <= target:
+        return axis[0]
+    for (a, high), (b, low) in itertools.pairwise(zip(axis, losses, strict=True)):
+        if low <= target:
+            return a + (b - a) * (high - target) / (high - low)
+    return None
+
+
+def speedups(found: dict[str, dict[int, Curve]], variant: str, axis: str) -> list[float]:
+    """Speed-up to the loss from scratch on `axis` (tokens, flops) for each seed that reaches it."""
+    result = []
+    for seed, scratch in found.get("scratch", {}).items():
+        if (mine := found.get(variant, {}).get(seed)) is not None:
+            at = reached(getattr(mine, axis), mine.losses, scratch.losses[-1])
+            result += [] if at is None else [getattr(scratch, axis)[-1] / at - 1]
+    return result
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean = statistics.mean(values)
+    half = f" ± {(max(values) - min(values)) / 2:{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{mean:{form}}{half}"
+
+
+def _against(found: dict[str, dict[int, Curve]], variant: str, other: str) -> str:
+    pairs = [
+        (one.losses[-1], found[other][seed].losses[-1])
+        for seed, one in found[variant].items()
+        if seed in found.get(other, {})
+    ]
+    return _spread([mine - theirs for mine, theirs in pairs], "+.3f") if pairs else ""
+
+
+def table(found: dict[str, dict[int, Curve]]) -> Iterator[str]:
+    """Every variant: final loss, differences of the same seed, FLOPs, speed-ups."""
+    yield (
+        "| run | seeds | loss | against scratch, equal tokens | against scratch with stack's FLOPs | FLOPs | "
+        "speed-up, FLOPs | speed-up, tokens |"
+    )
+    yield "|---" * 8 + "|"
+    for variant, title in TITLES.items():
+        runs = found.get(variant, {})
+        if not runs:
+            yield f"| {title} | 0 | not run | | | | | |"
+            continue
+        cells = [_spread([one.losses[-1] for one in runs.values()], ".3f")]
+        cells += [_against(found, variant, other) for other in ("scratch", "scratch_equal_flops")]
+        cells.append(f"{statistics.mean(one.flops[-1] for one in runs.values()):.3g}")
+        for axis in ("flops", "tokens"):
+            values = speedups(found, variant, axis)
+            missed = f" ({len(runs) - len(values)} of {len(runs)} never there)" if len(values) < len(runs) else ""
+            cells.append((_spread(values, "+.1%") if values else "–") + missed)
+        yield f"| {title} | {len(runs)} | {' | '.join(cells)} |"
+
+
+def draw(found: dict[str, dict[int, Curve]], path: Path) -> None:
+    """Left: validation loss against FLOPs, first seed. Right: speed-up of each seed."""
+    figure = Figure(figsize=(13, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    shown = [variant for variant in TITLES if variant in found]
+    for colour, variant in enumerate(shown):
+        one = next(iter(found[variant].values()))
+        line = "--" if variant.startswith("scratch") else "-"
+        left.plot(one.flops, one.losses, line, color=f"C{colour}", lw=1.2, label=TITLES[variant])
+        values = speedups(found, variant, "flops")
+        right.plot([100 * value for value in values], [len(shown) - colour] * len(values), "o", color=f"C{colour}")
+    left.set(xlabel="training FLOPs", ylabel="validation loss, nats a token", xscale="log")
+    right.set(xlabel="speed-up in FLOPs, % (one point a seed)")
+    right.set_yticks([len(shown) - number for number in range(len(shown))], [TITLES[variant] for variant in shown])
+    right.axvline(0, color="0.5", lw=0.8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Print the table and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="folder of the study")
+    parser.add_argument("--figures", type=Path, required=True, help="folder for the picture")
+    arguments = parser.parse_args()
+    found = read(arguments.study)
+    print("\n".join(table(found)))
+    draw(found, arguments.figures / "growth.png")
+
+
+if __name__ == "__main__":
+    main()
