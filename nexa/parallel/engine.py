@@ -89,6 +89,8 @@ class Engine:
             dist_init_required=False,
         )
         self.module: Decoder = self._engine.module
+        if self.stage == 3 and cfg.train.activation_checkpointing == "selective":
+            private.hide_gathers(self._engine)
         self._check_layout()
         if self.device.type == "cpu":
             # not before: kept memory between a model's parts would grow to a second model

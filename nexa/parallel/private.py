@@ -10,13 +10,14 @@ Stage 3 cuts every parameter by itself into equal parts (the last one padded).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,28 @@ def publish_master_weights(engine: Any) -> None:
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+
+def hide_gathers(engine: Any) -> None:
+    """At stage 3: keep what gathers and frees parameters out of sight of selective recomputation.
+
+    It compares the operations of a block's second forward pass with those of its first, one by one, and parameters need
+    not be gathered in both: after a resume the second one has more of them, and the backward pass would fail.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    assert offload is not None, "DeepSpeed's stage 3 changed"
+    for when in ("pre", "post"):
+        for which in ("forward", "backward"):
+            name = f"{when}_sub_module_{which}_function"
+            setattr(offload, name, _unseen(getattr(offload, name)))
+
+
+def _unseen(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    def call(module: nn.Module) -> None:
+        with _disable_current_modes():
+            function(module)
+
+    return call
 
 
 def overflowed(engine: Any) -> bool:

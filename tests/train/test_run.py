@@ -214,6 +214,14 @@ def test_resume_modes(unbroken: Path, embedded_cache: Path, tmp_path: Path) -> N
     assert losses(tmp_path / "continued") == losses(unbroken)[8:]
 
 
+def test_selective_recomputation_at_stage_3_goes_on(embedded_cache: Path, tmp_path: Path) -> None:
+    options = ("parallel.zero_stage=3", "train.activation_checkpointing=selective", "train.precision=bf16")
+    train(embedded_cache, tmp_path / "whole", *options, "train.steps=4")
+    for extra in (("train.stop_at=2",), ()):
+        train(embedded_cache, tmp_path / "run", *options, "train.steps=4", *extra)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
 def test_validation_does_not_depend_on_batching(unbroken: Path, embedded_cache: Path, tmp_path: Path) -> None:
     """The whole split, scored with other batch sizes and ranks on the same weights."""
     found = []
