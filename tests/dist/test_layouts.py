@@ -46,7 +46,7 @@ def test_the_insides_of_attention(tmp_path: Path) -> None:
     check(tmp_path, mappings, processes=2)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (12, 3)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [pytest.param(4, 1, marks=pytest.mark.slow), (12, 3)])
 def test_fewer_key_value_heads_than_ranks(tmp_path: Path, heads: int, kv_heads: int) -> None:
     """Four ranks: heads that several share, and three heads whose queries lie across ranks; an uneven feed-forward."""
     model = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": 41}
@@ -102,6 +102,7 @@ def test_fp16_norms_are_those_without_the_loss_scale(tmp_path: Path) -> None:
         assert outcome.norms == pytest.approx(expected.norms, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_bf16_spreads_as_one_process_does(tmp_path: Path) -> None:
     """bf16 rounds each activation to 3 digits, and another order of the same sums rounds otherwise. How far that leads is
     measured on one process that reads its batch in pieces of 8, 4, 2 and 1; no layout may go
