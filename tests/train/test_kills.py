@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -98,7 +99,8 @@ class Forked:
 
     def kill(self) -> None:
         """SIGKILL to all ranks; returns when they are gone."""
-        os.killpg(self._group, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # they may have come to the end in this very moment
+            os.killpg(self._group, signal.SIGKILL)
         assert self.codes(PATIENCE) is not None
 
     def close(self) -> None:
