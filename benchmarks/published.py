@@ -18,10 +18,11 @@ SOURCES = {
     "megatron-0.8": "NVIDIA/Megatron-LM images/model_table.png at d98e8a64 (Megatron-Core r0.8.0)",
 }
 ASSUMED = """\
-llm-foundry on H100: 400 Gbit/s for each GPU between nodes (only the A100 tables state a network: 1600 Gbit/s a node);
-weights gathered in bf16, gradients reduced in fp32. Megatron: one micro-batch of 4, 400 Gbit/s for each GPU. TinyLlama:
-200 Gbit/s for each GPU. fms-fsdp: vocabulary of 32000, 4,096 tokens (its defaults); "selective" checkpointing of
-every other block for 13B and of every block for 34B and 70B, which its HFU over MFU (1.13, 1.35, 1.35) says."""
+llm-foundry: the first FlashAttention (mid-2023), weights gathered in bf16 and gradients reduced in fp32 (bf16 where its
+table says PURE), on H100 400 Gbit/s between nodes for each GPU (only the A100 tables state a network: 1600 Gbit/s a
+node). Megatron: one micro-batch of 4, 400 Gbit/s. TinyLlama: 4 micro-batches, 200 Gbit/s. fms-fsdp: vocabulary of 32000
+and 4,096 tokens (its defaults), network per node of 8; "selective" checkpointing of every other block for 13B and of
+every block for 34B and 70B, which its HFU over MFU (1.13, 1.35, 1.35) says."""
 
 
 @dataclass(frozen=True)
