@@ -19,7 +19,7 @@ from nexa.config import compose
 from nexa.growth.stages import budget, sizes, tokens_per_step
 
 SEEDS = (0, 1, 2)
-STEPS = 600
+STEPS = 1000
 COMMON = (
     "model=llama_9m",
     "model.hidden_size=128",
@@ -33,7 +33,7 @@ COMMON = (
     "schedule.min_lr_ratio=0.1",
     "checkpoint.every=100",
     "checkpoint.keep_last=1",
-    "eval.every=30",
+    "eval.every=50",
     "eval.batches=16",
     "log.every=5",
 )
