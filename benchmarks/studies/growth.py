@@ -11,10 +11,9 @@ goes on.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from benchmarks.studies.runner import Point, run_points
+from benchmarks.studies.runner import Point, run_points, study_parser
 from nexa.config import compose
 from nexa.growth.stages import budget, sizes, tokens_per_step
 
@@ -94,13 +93,8 @@ def points(store: str, vocab_size: int, smoke: bool = False, seeds: tuple[int, .
 
 def main() -> None:
     """Run the study; benchmarks.studies.growth_report makes its table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, 2048, SEEDS)
     parser.add_argument("--data", required=True, help="packed store, or `embedded`")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of its tokenizer (default 2048)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread (default 1)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds (default 0 1 2)")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of each run: does everything work?")
     arguments = parser.parse_args()
     store = arguments.data if arguments.data == "embedded" else str(Path(arguments.data).resolve())
     found = points(store, arguments.vocab_size, arguments.smoke, tuple(arguments.seeds))

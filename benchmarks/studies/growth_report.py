@@ -10,7 +10,6 @@ schedule ends there, so the number is on the careful side.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.studies.growth import SEEDS
-from benchmarks.studies.runner import metrics
+from benchmarks.studies.runner import metrics, report_arguments, spread
 from nexa.config import load
 from nexa.model.decoder import flops_per_token
 
@@ -92,19 +91,13 @@ def speedups(found: dict[str, dict[int, Curve]], variant: str, axis: str) -> lis
     return result
 
 
-def _spread(values: list[float], form: str) -> str:
-    mean = statistics.mean(values)
-    half = f" ± {(max(values) - min(values)) / 2:{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{mean:{form}}{half}"
-
-
 def _against(found: dict[str, dict[int, Curve]], variant: str, other: str) -> str:
     pairs = [
         (one.losses[-1], found[other][seed].losses[-1])
         for seed, one in found[variant].items()
         if seed in found.get(other, {})
     ]
-    return _spread([mine - theirs for mine, theirs in pairs], "+.3f") if pairs else ""
+    return spread([mine - theirs for mine, theirs in pairs], "+.3f") if pairs else ""
 
 
 def table(found: dict[str, dict[int, Curve]]) -> Iterator[str]:
@@ -119,13 +112,13 @@ def table(found: dict[str, dict[int, Curve]]) -> Iterator[str]:
         if not runs:
             yield f"| {title} | 0 | not run | | | | | |"
             continue
-        cells = [_spread([one.losses[-1] for one in runs.values()], ".3f")]
+        cells = [spread([one.losses[-1] for one in runs.values()], ".3f")]
         cells += [_against(found, variant, other) for other in ("scratch", "scratch_equal_flops")]
         cells.append(f"{statistics.mean(one.flops[-1] for one in runs.values()):.3g}")
         for axis in ("flops", "tokens"):
             values = speedups(found, variant, axis)
             missed = f" ({len(runs) - len(values)} of {len(runs)} never there)" if len(values) < len(runs) else ""
-            cells.append((_spread(values, "+.1%") if values else "–") + missed)
+            cells.append((spread(values, "+.1%") if values else "–") + missed)
         yield f"| {title} | {len(runs)} | {' | '.join(cells)} |"
 
 
@@ -154,10 +147,7 @@ def draw(found: dict[str, dict[int, Curve]], path: Path) -> None:
 
 def main() -> None:
     """Print the table and draw the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="folder of the study")
-    parser.add_argument("--figures", type=Path, required=True, help="folder for the picture")
-    arguments = parser.parse_args()
+    arguments = report_arguments(__doc__)
     found = read(arguments.study)
     print("\n".join(table(found)))
     draw(found, arguments.figures / "growth.png")

@@ -10,13 +10,12 @@ as they go. benchmarks.studies.laws_report makes the tables and the figure. Stop
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.runner import Point, run_points
+from benchmarks.studies.runner import Point, run_points, study_parser
 from nexa.config.schema import ScheduleConfig
 from nexa.scaling.laws import LAWS
 from nexa.scaling.laws.curves import load
@@ -126,13 +125,8 @@ def predict(folder: Path, size: Size, source: str, seeds: tuple[int, ...]) -> di
 
 def main() -> None:
     """Run the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, 2048, SEEDS)
     parser.add_argument("--data", type=Path, required=True, help="packed store")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of its tokenizer (default 2048)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread (default 1)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds (default 0 1 2)")
-    parser.add_argument("--smoke", action="store_true", help="few steps of each run: does everything work?")
     arguments = parser.parse_args()
     size, seeds, folder = (SMOKE if arguments.smoke else WHOLE), tuple(arguments.seeds), arguments.out.resolve()
     store = str(arguments.data.resolve())
