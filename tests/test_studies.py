@@ -66,6 +66,12 @@ def test_the_growth_study_is_valid_and_compares_one_thing() -> None:
     scratch, shorter = found["scratch_seed0"], found["scratch_equal_flops_seed0"]
     assert shorter.train.steps is not None and shorter.train.steps < growth.STEPS
     for name, cfg in found.items():
+        if (variant := name.partition("_seed")[0]) in [f"scratch_{blocks}" for blocks in growth.SMALLER]:
+            assert cfg.model == dataclasses.replace(scratch.model, num_hidden_layers=int(variant[-1]))
+            cfg = dataclasses.replace(cfg, model=scratch.model)
+        elif variant in [f"scratch_lr{rate:g}" for rate in growth.RATES]:
+            assert cfg.optim.lr != scratch.optim.lr
+            cfg = dataclasses.replace(cfg, optim=scratch.optim)
         ends = sizes(cfg)
         last = ends[-1].model
         assert (last.hidden_size, last.intermediate_size, last.num_hidden_layers) == (128, 344, 8), name
@@ -155,6 +161,20 @@ def test_the_study_of_laws_predicts_before_it_tests_and_reports(tmp_path: Path) 
     assert list(laws_report.live_table(runs))[-1].startswith("| median of all | ")
     del runs["chosen"]
     assert "| chosen | predicted | 0 | not run |" in "\n".join(laws_report.prediction_table(runs, told))
+
+
+def test_a_grown_run_against_one_of_its_average_size() -> None:
+    def run(loss: float, parameters: float) -> growth_report.Curve:
+        return growth_report.Curve([1.0], [1.0], [loss], parameters)
+
+    found = {"scratch": {0: run(3.0, 4e6)}, "scratch_2": {0: run(4.0, 1e6)}, "stack": {0: run(3.3, 2e6)}}
+    (line,) = list(growth_report.of_average_size(found))[2:]
+    assert line == "| stack, 2 -> 8 blocks | 2.00M | 3.500 | 3.300 | -0.200 |"
+    found["scratch_4"] = {0: run(3.1, 2e6)}
+    assert list(growth_report.of_average_size(found))[2].endswith("| 3.100 | 3.300 | +0.200 |")
+    del found["scratch"]
+    found["stack"] = {0: run(3.3, 3e6)}
+    assert len(list(growth_report.of_average_size(found))) == 2, "beyond what was run nothing is said"
 
 
 def test_points_end_once_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@
 The model that counts has 8 blocks of width 128 (1.6M parameters without embeddings). Every grown run has all tokens of
 the run from scratch and grows inside the run, after a tenth of them, from a quarter of the depth or half of the width.
 `scratch_equal_flops` is the run from scratch with the FLOPs of `stack` and a schedule of that length. Peak rate and
-schedule are the same for all. What differs between runs is in `variants` and nowhere else. Stopped, the same command
-goes on.
+schedule are the same for all but two runs from scratch. What differs between runs is in `variants` and nowhere else.
+Stopped, the same command goes on.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ COMMON = (
 )
 SMOKE = ("eval.batches=1", "eval.every=4", "checkpoint.every=4")
 BLOCKS = 8
+SMALLER = (2, 4)
+"""Depths of further runs from scratch: what a model of the average size would reach."""
+RATES = (2e-3, 8e-3)
+"""Peak rates of further runs from scratch: is the one of all runs a bad one for them?"""
 
 
 def _stage(steps: int, **keys: object) -> str:
@@ -71,6 +75,8 @@ def variants(vocab_size: int, steps: int = STEPS) -> dict[str, tuple[str, ...]]:
         "scratch": scratch,
         "scratch_equal_flops": (*scratch, f"train.steps={shorter}"),
         **grown,
+        **{f"scratch_{blocks}": (*sized, f"model.num_hidden_layers={blocks}") for blocks in SMALLER},
+        **{f"scratch_lr{rate:g}": (*scratch, f"optim.lr={rate}") for rate in RATES},
     }
 
 

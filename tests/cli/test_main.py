@@ -1,13 +1,12 @@
 """The `nexa` command as a user meets it."""
 
 import json
-import resource
 
 import pytest
 
 from nexa.cli import main as cli
 from tests.cli.common import tiny_model, write_checkpoint
-from tests.conftest import run_command
+from tests.conftest import processor_seconds, run_command
 
 
 def nexa(*arguments, **options):
@@ -22,13 +21,9 @@ def run(capsys, *arguments):
 
 
 def test_help_is_quick_and_lists_every_command():
-    def spent() -> float:  # of the processor: a busy machine is not the command's fault
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
-
-    before = spent()
+    before = processor_seconds()
     done = nexa("--help")
-    assert spent() - before < 0.5
+    assert processor_seconds() - before < 0.5
     assert done.returncode == 0
     for command in cli.COMMANDS:
         assert f"\n    {command} " in done.stdout
