@@ -67,10 +67,10 @@ def test_a_checkpoint_holds_up_as_long_as_its_copy_unless_said():
 
 
 def test_a_checkpoint_waits_for_the_one_before():
-    """12 bytes of 28,000 parameters at 1 kB/s take minutes, longer than Daly's interval."""
+    """12 bytes of 42,144 parameters at 1 kB/s take minutes, longer than Daly's interval."""
     faults = dataclasses.replace(FAULTS, checkpoint=1e-6, storage=1e3)
     found = run(8, H100, faults, checkpoint={"every": 1})
-    assert found.interval == pytest.approx(12 * 28_000 / 1e3, rel=0.5)
+    assert found.interval == pytest.approx(12 * 42_144 / 1e3, rel=1e-3)
     assert found.interval > daly(1e-6, found.between_failures)
 
 
