@@ -40,7 +40,15 @@ SPEC is a run folder (its config.yaml says the schedule, its metrics.jsonl the l
 
 scaling, mixture and ladder are laws of size and data; the others are of schedules.
 """
-LAW_NAMES = ("annealing", "multipower", "annealing_size", "forward_momentum")
+LAW_NAMES = (
+    "annealing",
+    "multipower",
+    "annealing_size",
+    "forward_momentum",
+    "continual",
+    "continual_replay",
+    "continual_size",
+)
 WARMUPS = ("official", "interpretable")
 
 
@@ -205,14 +213,15 @@ def fit(arguments: argparse.Namespace) -> int:
 
 def _allowed(fitted: Fitted, loaded: Sequence[Curve], extrapolate: bool) -> list[str]:
     """Remarks on all curves; UserError when the law is known to be wrong on one and `extrapolate` is not set."""
-    from nexa.scaling.laws.limits import refusals, remarks
+    from nexa.scaling.laws.limits import overlooked, refusals, remarks
 
     found = []
     for curve in loaded:
         refused = refusals(fitted.law, fitted.seen, curve.rates)
         if refused and not extrapolate:
             raise UserError(f"{curve.path}: {'; '.join(refused)}. --extrapolate predicts all the same")
-        found += [f"{curve.path}: {text}" for text in [*refused, *remarks(fitted.seen, curve.rates), *curve.notes]]
+        said = [*refused, *remarks(fitted.seen, curve.rates), *overlooked(fitted.law, curve.rates), *curve.notes]
+        found += [f"{curve.path}: {text}" for text in said]
     for text in found:
         _note(f"warning: {text}")
     return found

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from nexa.errors import UserError
+from nexa.scaling.laws import before
 from nexa.scaling.laws.rates import Floats, Rates, from_config, from_spec
 
-KEYS = ("path", "name", "schedule", "parameters", "every", "smooth")
+KEYS = ("path", "name", "schedule", "parameters", "every", "smooth", "pretraining", "replay")
 COLUMNS = ("step", "lr", "loss")
 HOLE = 20
 """A distance between rows of more than this many usual ones is worth a word."""
@@ -112,7 +113,7 @@ def _from_entry(entry: Any, spec: Path, where: str) -> Curve:
         raise UserError(f"{where}: needs path (a CSV), or name when it is only to be predicted")
     if "path" in entry:
         where = str(entry["path"])
-    rates = from_spec(entry.get("schedule"), where)
+    rates = before.of_spec(from_spec(entry.get("schedule"), where), entry, where)
     size = _positive(entry, "parameters", where)
     if "path" not in entry:
         return _ahead(entry, rates, size, where)
@@ -198,7 +199,7 @@ def from_run(folder: Path, loss_key: str = "loss") -> Curve:
 
     path = folder / "metrics.jsonl"
     cfg = load_config(folder)
-    rates = from_config(cfg)
+    rates, notes = before.of_run(from_config(cfg), cfg, folder)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -219,8 +220,7 @@ def from_run(folder: Path, loss_key: str = "loss") -> Curve:
         )
     name = folder.resolve().name
     curve = checked(str(folder), f"{name}.csv", rates, columns, offset=1)
-    if cfg.resume.path:
-        curve.notes.append(f"{folder}: goes on from {cfg.resume.path}, whose rates no law here takes into account")
+    curve.notes.extend(notes)
     return curve
 
 
