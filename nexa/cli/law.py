@@ -33,7 +33,7 @@ SPEC is a run folder (its config.yaml says the schedule, its metrics.jsonl the l
   nexa law fit runs/cosine runs/constant --law annealing --bootstrap 100 --out law.json
   nexa law predict law.json planned.yaml --out predictions
   nexa law compare train.yaml --test test.yaml
-  nexa law plot law.json train.yaml --out law.svg
+  nexa law plot law.json train.yaml --out law.svg        # or law.html: a page with everything
   nexa law schedule law.json --total-steps 24000 --warmup-steps 500 --peak-lr 3e-4 --out conf/schedule/best.yaml
   nexa law scaling optimum besiroglu --flops 1e21
   nexa law mixture best mixture.json
@@ -127,7 +127,7 @@ def _plot_parser(commands: Any) -> None:
     )
     parser.add_argument("law", metavar="LAW", help="law.json")
     _specs(parser.add_argument)
-    parser.add_argument("--out", required=True, metavar="FILE", help="figure: .svg, .pdf or .png")
+    parser.add_argument("--out", required=True, metavar="FILE", help="figure: .svg, .pdf or .png; or a page: .html")
     parser.add_argument("--extrapolate", action="store_true", help="draw even where the law is known to be wrong")
     parser.set_defaults(handler=plot)
 
@@ -273,12 +273,15 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def plot(arguments: argparse.Namespace) -> int:
     """Draw. Raises UserError."""
-    from nexa.scaling.laws import curves, files
+    from nexa.scaling.laws import curves, files, page
     from nexa.scaling.laws.figures import draw
 
     fitted, loaded = files.read(arguments.law), curves.load(arguments.specs, arguments.loss)
-    _allowed(fitted, loaded, arguments.extrapolate)
-    draw(arguments.out, fitted, loaded)
+    warnings = _allowed(fitted, loaded, arguments.extrapolate)
+    if Path(arguments.out).suffix == ".html":
+        page.write(arguments.out, fitted, loaded, warnings)
+    else:
+        draw(arguments.out, fitted, loaded)
     print(f"wrote {arguments.out}")
     return 0
 

@@ -41,7 +41,8 @@ class Continual(WithMomentum):
     """L = L0 + A (S1pt + S1cpt)^-alpha - C1 S2pt - C2 S2cpt + B (1 - (1 + E S1cpt)^-beta).
 
     A curve of pre-training has S1cpt = S2cpt = 0. Each part is a schedule of its own: falls count after its warm-up,
-    the momentum of S2cpt starts at 0, S2pt stays what it was, the jump of the rate between the parts counts nowhere. B is below 0 on data like the new one, above on data like the old.
+    the momentum of S2cpt starts at 0, S2pt stays what it was, the jump of the rate between the parts counts nowhere.
+    B is below 0 on data like the new one, above on data like the old.
     """
 
     name = "continual"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,10 +48,15 @@ class Fit:
 
     def intervals(self) -> dict[str, list[float]]:
         """95 % interval of each parameter; {} without bootstrap."""
-        if not self.samples:
-            return {}
-        low, high = np.percentile(np.array(self.samples), INTERVAL, axis=0)
-        return {name: [float(low[i]), float(high[i])] for i, name in enumerate(self.params)}
+        return intervals(self.params, self.samples)
+
+
+def intervals(names: Iterable[str], samples: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """95 % interval of each parameter from replicates, which have them in this order; {} without any."""
+    if not samples:
+        return {}
+    low, high = np.percentile(np.array(samples), INTERVAL, axis=0)
+    return {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)}
 
 
 class Problem:

@@ -203,7 +203,7 @@ def test_a_spec_says_what_was_before(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("    replay: 0.25\n", "replay=0.25, but no pretraining; give the schedule that the run goes on from"),
+        ("    replay: 0.25\n", "replay=0.25, but no pretraining; give the schedule of the run before"),
         (PAST % "" + "    replay: 1.5\n", "replay=1.5; give the share of old data, from 0 to 1"),
         (PAST % "" + "    replay: half\n", "replay='half'; give the share"),
         (PAST % ", until: 101", "pretraining.until=101; give a step after its warm-up, 100"),
