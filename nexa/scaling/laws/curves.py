@@ -197,9 +197,16 @@ def from_run(folder: Path, loss_key: str = "loss") -> Curve:
     """
     from nexa.config.files import load as load_config
 
-    path = folder / "metrics.jsonl"
     cfg = load_config(folder)
     rates, notes = before.of_run(from_config(cfg), cfg, folder)
+    curve = checked(str(folder), f"{folder.resolve().name}.csv", rates, columns_of_run(folder, loss_key), offset=1)
+    curve.notes.extend(notes)
+    return curve
+
+
+def columns_of_run(folder: Path, loss_key: str) -> dict[str, list[float]]:
+    """Columns step, lr and loss of the rows of metrics.jsonl that have `loss_key`. Raises UserError."""
+    path = folder / "metrics.jsonl"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -218,10 +225,7 @@ def from_run(folder: Path, loss_key: str = "loss") -> Curve:
         raise UserError(
             f"{path}: no row has {loss_key!r}; give a key of its rows with --loss, or a run that has trained"
         )
-    name = folder.resolve().name
-    curve = checked(str(folder), f"{name}.csv", rates, columns, offset=1)
-    curve.notes.extend(notes)
-    return curve
+    return columns
 
 
 def checked(
