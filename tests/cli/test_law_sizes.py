@@ -196,9 +196,9 @@ def test_a_ladder_is_trained_fitted_and_predicts(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     large = ["+exp=quickstart", "model.hidden_size=48", "model.intermediate_size=96", "model.num_hidden_layers=2"]
     large += ["model.num_attention_heads=4", "model.num_key_value_heads=4", "data.sequence_length=64"]
-    large += ["train.steps=120", "schedule.warmup_steps=12", "checkpoint.every=1000", "eval.every=0", "eval.batches=2"]
+    large += ["train.steps=60", "schedule.warmup_steps=6", "checkpoint.every=1000", "eval.every=0", "eval.batches=2"]
     large += ["log.plot=false", "log.sample_tokens=0"]
-    words = ["ladder", *large, "--shares", 0.25, 0.5, 0.75, "--tokens-per-parameter", 1, 2, "--tied"]
+    words = ["ladder", *large, "--shares", 0.25, 0.5, 0.75, "--tokens-per-parameter", 0.4, 0.8, "--tied"]
     found = json.loads(call(capsys, *words, "--run", "--out", "scaling.json"))
     assert len({row["parameters"] for row in found["runs"]}) == 3
     logs = {path: path.stat().st_mtime for path in (tmp_path / "runs").glob("*.log")}
