@@ -80,3 +80,12 @@ def remarks(range_: Seen | None, rates: Rates) -> list[str]:
             "the rate rises again after warm-up, which no fitted curve does: the law takes a rise for a fall undone"
         )
     return found
+
+
+def overlooked(law: Law, rates: Rates) -> list[str]:
+    """What the law leaves out of account of what a run goes on from."""
+    if rates.before is None or law.continual:
+        return []
+    return [
+        f"goes on from a run of {rates.before.total} steps, which law {law.name} does not count; law continual does"
+    ]
