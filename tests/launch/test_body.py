@@ -34,9 +34,10 @@ class Body:
         self, root: Path, deed: str, *, at_limit: str = "requeue", modules: tuple[str, ...] = (), **environment: str
     ) -> None:
         self.root, self.run = root, root / "a run"
+        scontrol = f'[[ $1 == show ]] && printf "localhost\\nother\\n" || echo "$@" >> {root}/scontrol\n'
         tools = {
             "srun": SRUN.format(root=root, run=self.run, deed=deed),
-            "scontrol": f'#!/bin/bash\n[[ $1 == show ]] && printf "localhost\\nother\\n" || echo "$@" >> {root}/scontrol\n',
+            "scontrol": "#!/bin/bash\n" + scontrol,
             "sbatch": f'#!/bin/bash\necho "$@" >> {root}/sbatch\necho 8\n',
         }
         (root / "bin").mkdir()
@@ -48,10 +49,10 @@ class Body:
         script.write_text(render(Job({}, (train,), 2, "python", modules=modules, at_limit=at_limit)))
         (self.run).mkdir()
         slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+        env = {"PATH": f"{root}/bin:/usr/bin:/bin:/usr/sbin", **slurm, **environment}
         self.process = subprocess.Popen(
-            ["bash", str(script)], cwd=root, env={"PATH": f"{root}/bin:/usr/bin:/bin:/usr/sbin", **slurm, **environment},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            ["bash", str(script)], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def signal(self, number: int) -> None:
         end = time.monotonic() + 20

@@ -1,5 +1,6 @@
 """Runs under a real Slurm controller with three nodes: stopped, killed, preempted, cancelled, finished all the same."""
 
+# ruff: noqa: F811  # fixtures of test_kills
 from __future__ import annotations
 
 import json
@@ -18,6 +19,7 @@ from tests.train.test_kills import MODEL, compare, mixture  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"Slurm is {missing()}")]
 PATIENCE = 400.0
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +29,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made.stop()
 
 
+@pytest.fixture(scope="module")
+def unbroken(mixture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happened to, on one process."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    words = [*MODEL, mixture, f"run.dir={folder}", f"train.steps={STEPS}", "checkpoint.every=0"]
+    done = run_command("train.py", *words, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 class Submitted:
     """A run on two nodes, and what can be seen of it."""
 
-    def __init__(self, cluster: Cluster, folder: Path, *arguments: str, steps: int = 60) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, *arguments: str, steps: int = STEPS) -> None:
         self.cluster, self.folder = cluster, folder
         self.words = [*MODEL, f"run.dir={folder}", f"train.steps={steps}", "checkpoint.every=1", *arguments]
         done = self.submit()
@@ -71,7 +83,12 @@ class Submitted:
         wait_for(f"{states}", lambda: self.cluster.state(job or self.job) in states, PATIENCE)
 
 
-def test_stopped_and_killed_and_finished(cluster: Cluster, mixture: str, tmp_path: Path) -> None:  # noqa: F811
+def test_stopped_and_killed_and_finished(
+    cluster: Cluster,
+    mixture: str,
+    unbroken: Path,
+    tmp_path: Path,
+) -> None:
     """The time limit's signal, then the death of the node with rank 0; in the end the run that nothing happened to."""
     run = Submitted(cluster, tmp_path / "run", mixture)
     run.wait_for_steps(3, f"{run.job}.0")
@@ -87,25 +104,22 @@ def test_stopped_and_killed_and_finished(cluster: Cluster, mixture: str, tmp_pat
     run.wait_for_text(f" start {run.job}.2 on ")
     run.wait_for_state("COMPLETED")
     cluster.start_node(head)
-    assert "finished: step_00000060" in run.log()
+    assert "finished: step_00000040" in run.log()
     assert run.log().count("resuming from") == 2
 
-    arguments = [word for word in run.words if not word.startswith("run.dir=")]
-    unbroken = run_command("train.py", *arguments, f"run.dir={tmp_path}/unbroken", processes=2, timeout=PATIENCE)
-    assert unbroken.returncode == 0, unbroken.stderr
-    compare(run.folder, tmp_path / "unbroken", 60)
+    compare(run.folder, unbroken, STEPS)
 
     again = run.submit()
     assert (again.returncode, "nothing was submitted" in again.stdout) == (0, True)
     script = (run.folder / "slurm" / f"{run.job}.sbatch").read_text()
     late = cluster.call("sbatch", "--parsable", text=script).strip()
     run.wait_for_state("COMPLETED", job=late)
-    assert "is finished (step_00000060): nothing to do" in run.log(late)
+    assert "is finished (step_00000040): nothing to do" in run.log(late)
     for rank in range(2):
         assert list((run.folder / "slurm" / f"{run.job}.0").glob(f"node{rank}/*/attempt_0/0/stdout.log"))
 
 
-def test_time_limit_preemption_and_cancelling(cluster: Cluster, mixture: str, tmp_path: Path) -> None:  # noqa: F811
+def test_time_limit_preemption_and_cancelling(cluster: Cluster, mixture: str, tmp_path: Path) -> None:
     run = Submitted(cluster, tmp_path / "run", mixture, "--time", "2", "--signal-before", "75", steps=10**6)
     run.wait_for_text("stopped before the time limit at step_", f" start {run.job}.1 on ")
     cluster.call("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
@@ -125,7 +139,12 @@ def test_time_limit_preemption_and_cancelling(cluster: Cluster, mixture: str, tm
     assert step_of(list_checkpoints(run.folder / "checkpoints")[-1]) == run.step()
 
 
-def test_chain_goes_on_in_a_new_job(cluster: Cluster, mixture: str, tmp_path: Path) -> None:  # noqa: F811
+def test_chain_goes_on_in_a_new_job(
+    cluster: Cluster,
+    mixture: str,
+    unbroken: Path,
+    tmp_path: Path,
+) -> None:
     run = Submitted(cluster, tmp_path / "a %j b", mixture, "--chain")
     run.wait_for_steps(3, f"{run.job}.0")
     cluster.call("scancel", "--batch", "--signal=USR1", run.job)
@@ -136,10 +155,11 @@ def test_chain_goes_on_in_a_new_job(cluster: Cluster, mixture: str, tmp_path: Pa
     assert f"job {following} of this run is in the queue" in again.stderr
     run.wait_for_state("COMPLETED", job=following)
     assert "resuming from" in run.log(following)
-    assert "finished: step_00000060" in run.log(following)
+    assert "finished: step_00000040" in run.log(following)
+    compare(run.folder, unbroken, STEPS)
 
 
-def test_array_and_failure(cluster: Cluster, mixture: str, tmp_path: Path) -> None:  # noqa: F811
+def test_array_and_failure(cluster: Cluster, mixture: str, tmp_path: Path) -> None:
     """Of two tasks one cannot train: it says why and does not come back."""
     options = ["--array", f"{mixture},/nowhere", "--at-once", "2", "--gpus-per-node", "0", "--interface", "lo"]
     done = subprocess.run(

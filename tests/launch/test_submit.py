@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,14 @@ NASTY = (
 
 def job(*arguments: str) -> Job:
     return make_job(parser().parse_intermixed_args([*arguments]))
+
+
+def bash(text: str, task: str, folder: Path | None) -> subprocess.CompletedProcess[str]:
+    """A script as one task of an array runs it."""
+    environment = {"SLURM_ARRAY_TASK_ID": task}
+    return subprocess.run(
+        ["bash", "-c", text], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def directives(script: str) -> list[str]:
@@ -85,10 +94,7 @@ def test_array_is_every_combination() -> None:
     script = render(made)
     assert "--array=0-3%3" in directives(script)
     text = script.split("\nsay()")[0] + '\nprintf "%s\\n" "$run_dir" "${train[@]}"'
-    shown = subprocess.run(
-        ["bash", "-c", text], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True, check=True
-    )
-    assert shown.stdout.split() == [str(made.runs[2].folder), *made.runs[2].words]
+    assert bash(text, "2", None).stdout.split() == [str(made.runs[2].folder), *made.runs[2].words]
 
 
 def test_nothing_of_a_value_is_executed(tmp_path: Path) -> None:
@@ -102,7 +108,7 @@ def test_nothing_of_a_value_is_executed(tmp_path: Path) -> None:
             printf '%s\0' "${train[@]}" "${container[@]}" "${modules[@]}"
             eval "$(declare -p interface python container train port)"; printf '%s\0' "$interface" "${train[@]}" """
         text = script.split("\nsay()")[0] + "\n" + show
-        done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env={"SLURM_ARRAY_TASK_ID": "0"}, capture_output=True, text=True)  # fmt: skip
+        done = bash(text, "0", tmp_path)
         wanted = [f"/runs/{NASTY[1]}", NASTY[2], NASTY[4], NASTY[6], NASTY[0], *NASTY * 3, NASTY[6], *NASTY]
         assert done.stdout.split("\0")[:-1] == wanted
         assert done.stderr == ""
@@ -144,9 +150,10 @@ def test_ranks_are_gpus_where_there_are_gpus() -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        ["--partition", "gpu --uid=0"], ["--partition", "gpu\n"], ["--account", "$(x)"], ["--qos", "a;b"], ["--time", "1h"],
-        ["--memory", "1G x"], ["--interface", "lo;x"], ["--module", "-x"], ["--module", "a;b"], ["--port", "80"],
-        ["--sbatch=--wrap=x y"], ["--sbatch=-N2"], ["--sbatch=--comment=`x`"], ["--nodes", "0"], ["--nodes", "²"],
+        ["--partition", "gpu --uid=0"], ["--partition", "gpu\n"], ["--account", "$(x)"], ["--qos", "a;b"],
+        ["--time", "1h"], ["--memory", "1G x"], ["--interface", "lo;x"], ["--module", "-x"], ["--module", "a;b"],
+        ["--port", "80"], ["--sbatch=--wrap=x y"], ["--sbatch=-N2"], ["--sbatch=--comment=`x`"], ["--nodes", "0"],
+        ["--nodes", "²"],
         ["--chain", "--no-requeue"], ["--container-runtime", "lxc"], ["--unknown", "x"], ["--config-dir", "x"],
     ],
     ids=" ".join,
@@ -180,14 +187,26 @@ def test_a_docker_container_passes_signals_on(tmp_path: Path) -> None:
     spaces = ["unshare", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*spaces, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no process namespaces here: unshare is not permitted")
-    rank = f"""trap 'echo saved > {tmp_path}/saved; exit 0' USR1; touch {tmp_path}/up; while :; do sleep 0.05; done"""
-    agent = 'bash -c "$0"; exit 7'  # of itself it does not survive USR1
-    command = [*spaces, "bash", "-c", IN_DOCKER, "bash", "bash", "-c", agent, rank]
-    process = psutil.Popen(command)
-    while not (tmp_path / "up").exists():
-        assert process.poll() is None
-    process.children()[0].send_signal(10)
-    assert process.wait(20) == 7
+    rank = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(pathlib.Path('saved').touch()))\n"
+        "pathlib.Path('up').touch()\n"
+        "time.sleep(20)"
+    )
+    agent = '"$0" -c "$1"; exit 7'  # of itself it does not survive USR1
+    process = psutil.Popen(
+        [*spaces, "bash", "-c", IN_DOCKER, "bash", "bash", "-c", agent, sys.executable, rank], cwd=tmp_path
+    )
+    try:
+        while not (tmp_path / "up").exists():
+            assert process.poll() is None
+        first = process.children()[0]
+        first.send_signal(signal.SIGUSR1)
+        assert process.wait(20) == 7
+    finally:
+        if process.is_running():
+            for one in (*process.children(recursive=True), process):
+                one.kill()
     assert (tmp_path / "saved").exists()
 
 
@@ -205,7 +224,8 @@ def test_the_script_is_shown_and_sent(tmp_path: Path) -> None:
     path = {"PATH": f"{tools}:/usr/bin:/bin"}
 
     def submit(*more: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *more], cwd=tmp_path, env=path | environment, capture_output=True, text=True, check=False)  # fmt: skip
+        env = path | environment
+        return subprocess.run([*command, *more], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
 
     shown = submit("--dry-run")
     assert (shown.returncode, shown.stderr) == (0, "")
