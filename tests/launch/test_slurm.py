@@ -1,6 +1,5 @@
 """Runs under a real Slurm controller with three nodes: stopped, killed, preempted, cancelled, finished all the same."""
 
-# ruff: noqa: F811  # fixtures of test_kills
 from __future__ import annotations
 
 import json
@@ -13,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from nexa.checkpoint.catalog import list_checkpoints, step_of
-from tests.conftest import REPOSITORY, run_command
+from tests.conftest import REPOSITORY
 from tests.launch.cluster import Cluster, missing, wait_for
-from tests.train.test_kills import MODEL, compare, mixture  # noqa: F401
+from tests.launch.conftest import PATIENCE, STEPS
+from tests.train.test_kills import MODEL, compare
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"Slurm is {missing()}")]
-PATIENCE = 400.0
-STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +25,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made = Cluster(tmp_path_factory.mktemp("slurm"), nodes=3)
     yield made
     made.stop()
-
-
-@pytest.fixture(scope="module")
-def unbroken(mixture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happened to, on one process."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    words = [*MODEL, mixture, f"run.dir={folder}", f"train.steps={STEPS}", "checkpoint.every=0"]
-    done = run_command("train.py", *words, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 class Submitted:
