@@ -151,7 +151,9 @@ def _directives(arguments: argparse.Namespace, processes: int, runs: Sequence[Ru
 
 
 def _literal(folder: Path) -> str:
-    """A folder in a pattern of sbatch, where % has a meaning."""
+    """A folder in a pattern of sbatch, where % has a meaning and a backslash takes all meaning away."""
+    if "\\" in str(folder):
+        raise UserError(f"run.dir={folder}: sbatch writes no log into a folder with a backslash; rename it")
     return str(folder).replace("%", "%%")
 
 

@@ -129,6 +129,7 @@ def test_a_folder_cannot_be_a_directive() -> None:
         (["+exp=quickstart", "train.micro_batch_size=3"], "train.micro_batch_size"),
         (["+exp=quickstart", "run.dir='a\nb'"], "line break"),
         (["+exp=quickstart", "run.dir='a\tb'"], r"'\\t'"),
+        (["+exp=quickstart", "run.dir='a\\b'"], "with a backslash"),
         (["+exp=quickstart", "--time", "2", "--signal-before", "120"], "--signal-before=120"),
         (["+exp=quickstart", "--array", "optim.lr"], "--array=optim.lr: must be KEY=VALUE,VALUE"),
         (["+exp=quickstart", "--array", "optim.lr=1,"], "--array"),
