@@ -55,14 +55,14 @@ class Body:
         )
 
     def signal(self, number: int) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not (self.root / "up").exists():
             assert time.monotonic() < end
             time.sleep(0.01)
         self.process.send_signal(number)
 
     def end(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=30)
+        output, _ = self.process.communicate(timeout=120)
         return self.process.returncode, output
 
     def did(self, program: str) -> str:

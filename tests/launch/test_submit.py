@@ -192,7 +192,7 @@ def test_a_docker_container_passes_signals_on(tmp_path: Path) -> None:
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(pathlib.Path('saved').touch()))\n"
         "pathlib.Path('up').touch()\n"
-        "time.sleep(20)"
+        "time.sleep(120)"
     )
     agent = '"$0" -c "$1"; exit 7'  # of itself it does not survive USR1
     process = psutil.Popen(
@@ -203,7 +203,7 @@ def test_a_docker_container_passes_signals_on(tmp_path: Path) -> None:
             assert process.poll() is None
         first = process.children()[0]
         first.send_signal(signal.SIGUSR1)
-        assert process.wait(20) == 7
+        assert process.wait(120) == 7
     finally:
         if process.is_running():
             for one in (*process.children(recursive=True), process):

@@ -11,7 +11,8 @@ import pytest
 from nexa.errors import UserError
 from nexa.train.lease import Lease
 
-RENEW, PATIENCE = 0.05, 1.5
+RENEW, PATIENCE = 0.05, 60.0
+"""Patience that nothing here can be so slow as to use up, except where it must be."""
 
 
 def on(host: str, job: str | None = None, start: int = 0, token: str | None = None) -> dict:
@@ -19,8 +20,8 @@ def on(host: str, job: str | None = None, start: int = 0, token: str | None = No
     return {"host": host, "boot": f"boot of {host}", "pid": 1, "job": job, "start": start, "token": token}
 
 
-def lease(path: Path, who: dict, lost: list[str] | None = None) -> Lease:
-    return Lease(path, who=who, renew=RENEW, patience=PATIENCE, lost=([] if lost is None else lost).append)
+def lease(path: Path, who: dict, lost: list[str] | None = None, patience: float = PATIENCE) -> Lease:
+    return Lease(path, who=who, renew=RENEW, patience=patience, lost=([] if lost is None else lost).append)
 
 
 def dies(held: Lease, path: Path) -> None:
@@ -81,9 +82,9 @@ def test_a_dead_holder_on_another_host_is_waited_out(tmp_path: Path) -> None:
     first.take()
     dies(first, tmp_path / ".lock")
     begin = time.monotonic()
-    second = lease(tmp_path / ".lock", on("b"))
+    second = lease(tmp_path / ".lock", on("b"), patience=0.5)
     second.take()
-    assert PATIENCE <= time.monotonic() - begin < PATIENCE + 5
+    assert time.monotonic() - begin >= 0.5
     second.release()
 
 
@@ -110,7 +111,7 @@ def test_a_cut_off_holder_ends_when_its_job_starts_again(tmp_path: Path) -> None
     first.take()
     second = lease(tmp_path / ".lock", on("b", "7", 1))
     second.take()
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE
     while not lost and time.monotonic() < end:
         time.sleep(RENEW)
     assert len(lost) == 1 and "taken over by process 1 on b, job 7" in lost[0]
