@@ -161,5 +161,5 @@ def test_array_and_failure(cluster: Cluster, mixture: str, tmp_path: Path) -> No
     wait_for("the second task", lambda: cluster.state(f"{job}_1") == "FAILED", PATIENCE)
     logs = {number: (tmp_path / "runs" / "slurm" / f"{job}_{number}.log").read_text() for number in (0, 1)}
     assert "finished: step_00000002" in logs[0]
-    assert "data.source=/nowhere" in logs[1]
+    assert "/nowhere: no such packed store" in logs[1]
     assert "no checkpoint was made since this start" in logs[1]
