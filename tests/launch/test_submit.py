@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getopt
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from launch.arguments import parser
 from launch.containers import IN_DOCKER, PASSED
 from launch.job import REPOSITORY, main, make_job
 from launch.script import Job, Run, render
+from nexa.config import check, compose
 from nexa.errors import UserError
 
 CPU = ["--nodes", "2", "--gpus-per-node", "0"]
@@ -261,14 +263,19 @@ def test_shellcheck(tmp_path: Path) -> None:
     assert done.stdout + done.stderr == ""
 
 
-def commands() -> list[str]:
+def commands(program: str) -> list[list[str]]:
+    """Words behind a program's name, wherever the page on Slurm shows it."""
     page = (REPOSITORY / "docs/slurm.md").read_text()
-    lines = [
-        line.split("  #")[0] for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()
-    ]
-    return [line for line in lines if line.startswith("python launch/submit.py")]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
+    return [shlex.split(line.removeprefix(program)) for line in lines if line.startswith(program)]
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_of_the_page(command: str) -> None:
-    assert render(job(*shlex.split(command)[2:])).startswith("#!/bin/bash\n#SBATCH --job-name=")
+@pytest.mark.parametrize("words", commands("python launch/submit.py"), ids=" ".join)
+def test_submissions_of_the_page(words: list[str]) -> None:
+    assert render(job(*words)).startswith("#!/bin/bash\n#SBATCH --job-name=")
+
+
+@pytest.mark.parametrize("words", commands("launch/local.sh"), ids=" ".join)
+def test_local_starts_of_the_page(words: list[str]) -> None:
+    options, overrides = getopt.getopt(words, "n:r:")
+    assert check(compose(overrides), int(dict(options).get("-n", 1))) == []

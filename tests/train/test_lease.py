@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nexa.config import compose
 from nexa.errors import UserError
+from nexa.train import folder
 from nexa.train.lease import Lease
 
 RENEW, PATIENCE = 0.05, 60.0
@@ -128,3 +130,15 @@ def test_a_file_of_an_earlier_version_or_garbage_is_free(tmp_path: Path) -> None
         held.take()
         held.release()
         assert (tmp_path / ".lock").read_bytes() == b""
+
+
+def test_a_run_folder_is_held_until_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "environment", lambda topology: {})
+    cfg = compose(["+exp=quickstart", f"run.dir={tmp_path}/run"])
+    first, second = folder.RunFolder(cfg), folder.RunFolder(cfg)
+    first.open(cfg, None)
+    with pytest.raises(UserError, match=r"run\.dir=.*/run: another run is writing here"):
+        second.open(cfg, None)
+    first.close()
+    second.open(cfg, None)
+    second.close()
