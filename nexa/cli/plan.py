@@ -8,7 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from nexa.errors import ConfigError
+from nexa.cli import simulate
+from nexa.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from nexa.config.schema import Config
@@ -25,6 +26,7 @@ examples:
   nexa plan +exp=gstack_7b --gpus 64 --gpu H100                a run that grows: base, FLOPs, average size
   nexa plan +exp=pre_1b train.micro_batch_size=64 --gpu A100-80GB --price-per-hour 2.5
   nexa plan +exp=pre_130m --suggest                           and what published laws say of its hyper-parameters
+  nexa plan +exp=pre_7b --gpu H100 --simulate 8,64,512        many GPUs: communication, failures, how often to save
 
 Flags stand before or after the overrides, not between them. Exit code 0: fits, or nothing is known about the GPU;
 1: does not fit; 2: a mistake, which the message explains.
@@ -55,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
         "--mfu",
         type=_fraction,
         metavar="S",
-        help="share of the peak FLOP/s reached (default: by width, 0.2-0.45)",
+        help="share of the peak FLOP/s reached (default: from the shapes of the matrices)",
     )
     parser.add_argument(
         "--network-gbps", type=_positive, default=400.0, metavar="X", help="Gbit/s per GPU between nodes (default 400)"
@@ -69,6 +71,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--price-per-hour", type=_positive, metavar="X", help="price of one GPU for an hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    simulate.add_flags(parser, _positive, _share, _count)
     parser.set_defaults(handler=run)
 
 
@@ -111,6 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
     from nexa.config import compose
 
     cfg = compose(arguments.overrides)
+    if arguments.simulate:
+        return simulate.show(_simulation(cfg, arguments), arguments.json)
     problems = _problems(cfg, arguments.gpus)
     if problems:
         raise ConfigError(problems)
@@ -143,16 +148,12 @@ def layout_of(cfg: Config, gpus: int) -> Layout:
 def report(cfg: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     """The plan as one JSON object; sizes in bytes, times in seconds, null for what is not known."""
     from nexa.hardware import GPUS
-    from nexa.scaling.plan import Limit, Planner
-    from nexa.scaling.step_time import Machine
 
     gpus = arguments.gpus
     cfg, growth = _growth(cfg)
     gpu = GPUS.get(arguments.gpu or "")
-    capacity = arguments.memory_gib * GIB if arguments.memory_gib else gpu.memory if gpu else None
-    machine = Machine(gpu, arguments.mfu, arguments.network_gbps * 1e9 / 8) if gpu else None
-    arrange = lambda each: None if _problems(each, gpus) else layout_of(each, gpus)  # noqa: E731
-    planner = Planner(cfg, arrange, Limit(capacity, arguments.margin), machine)
+    planner = _planner(cfg, arguments)
+    capacity = planner.limit.capacity
     layout = layout_of(cfg, gpus)
     plan = planner.plan(layout)
     fits = planner.fits(plan)
@@ -175,6 +176,33 @@ def report(cfg: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         "changes": [_option(each, other, planner) for each, other in changes],
         "quickest": None if quickest is None else _option(*quickest, planner),
     }
+
+
+def _planner(cfg: Config, arguments: argparse.Namespace) -> Planner:
+    from nexa.hardware import GPUS
+    from nexa.scaling.plan import Limit, Planner
+    from nexa.scaling.step_time import Machine
+
+    gpu, gpus = GPUS.get(arguments.gpu or ""), arguments.gpus
+    capacity = arguments.memory_gib * GIB if arguments.memory_gib else gpu.memory if gpu else None
+    machine = None
+    if gpu is not None:
+        network = arguments.network_gbps * 1e9 / 8
+        machine = Machine(gpu, arguments.mfu, network, arguments.gpus_per_node, arguments.variation)
+    arrange = lambda each: None if _problems(each, gpus) else layout_of(each, gpus)  # noqa: E731
+    return Planner(cfg, arrange, Limit(capacity, arguments.margin), machine)
+
+
+def _simulation(cfg: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The simulation as one JSON object. Raises UserError for a GPU without figures, ConfigError for a wrong run."""
+    from nexa.hardware import GPUS
+
+    if arguments.gpu not in GPUS:
+        raise UserError(f"--simulate needs --gpu with a GPU whose figures are known: {', '.join(GPUS)}")
+    if arguments.suggest:
+        raise UserError("--suggest and --simulate: two questions, ask one at a time")
+    cfg, _ = _growth(cfg)
+    return simulate.report(cfg, arguments, _planner(cfg, arguments), _problems)
 
 
 def _growth(cfg: Config) -> tuple[Config, dict[str, Any] | None]:

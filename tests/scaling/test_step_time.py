@@ -1,11 +1,25 @@
 """Arithmetic and traffic by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from nexa.hardware import GPUS, peak_of
 from nexa.model.decoder import flops_per_token
+from nexa.scaling.collectives import Network
 from nexa.scaling.layout import Sizes
-from nexa.scaling.step_time import Machine, flops, step_time, traffic
+from nexa.scaling.step_time import (
+    Machine,
+    Strategy,
+    data_bytes,
+    data_time,
+    flops,
+    step_time,
+    strategy_of,
+    tensor_time,
+    time_of,
+    work_of,
+)
 from nexa.scaling.trace import Tracer
 from tests.scaling.common import configuration, layout
 
@@ -27,29 +41,79 @@ def test_full_checkpointing_repeats_the_blocks():
     assert flops(layout(cfg), Tracer(cfg.model, cfg.norm).shapes)[1] == 2 * matrices + 4 * 2 * 32 * 16
 
 
+def strategy(**changes) -> Strategy:
+    """Eight ranks of one node, a million parameters in four pieces."""
+    given = dict(data=8, tensor=1, stage=3, accumulation=2, elements=1e6, pieces=4, width=2, reduce_width=4)
+    return Strategy(**(given | changes))
+
+
+PLAIN = Network(inside=1e9, between=1e9, hop=0.0, hop_between=0.0, call=0.0, share=1.0)
+"""A ring of 8 takes 7/8 of (bytes / 1e9) seconds: 1.75 ms to gather a million bf16 weights, 3.5 ms to reduce fp32."""
+GATHER, REDUCE = 1.75e-3, 3.5e-3
+
+
 @pytest.mark.parametrize(
-    ("stage", "hidden", "exposed"),
+    ("stage", "forward", "backward", "reduce", "gather"),
     [
-        (0, 2 * 0.75 * 4000, 0),
-        (1, 2 * 0.75 * 4000, 0.75 * 2000),
-        (2, 3 * 2 * 0.75 * 4000, 0.75 * 2000),
-        (3, 3 * 0.75 * (4000 + 2 * 2000), 0),
+        (0, 1.0, 2.0, 2 * REDUCE, 0),  # once, an all-reduce, beside nothing
+        (1, 1.0, 2.0, REDUCE / 4, GATHER),  # once, all but the first piece hidden; weights after the update
+        (1, 1e-3, 2e-3, REDUCE - 2e-3, GATHER),
+        (2, 1e-3, 2e-3, 2 * (REDUCE - 2e-3), GATHER),  # for each of two micro-batches
+        (3, 1.0, 2.0, 2 * REDUCE / 4, 2 * 2 * GATHER / 4),
+        (3, 1e-3, 2e-3, 2 * (REDUCE - (2e-3 - GATHER)), 2 * (GATHER - 1e-3 + GATHER / 4)),
+        (3, 0.0, 0.0, 2 * REDUCE, 2 * 2 * GATHER),
     ],
 )
-def test_data_parallel_traffic(stage, hidden, exposed):
-    cfg = configuration(train={"precision": "bf16", "global_batch_size": 24})
-    found = traffic(layout(cfg, 4, stage), COUNT)
-    assert (found.hidden, found.exposed, found.tensor) == (hidden, exposed, 0)
+def test_what_data_parallelism_cannot_hide(stage, forward, backward, reduce, gather):
+    found = data_time(strategy(stage=stage), forward, backward, PLAIN)
+    assert found == pytest.approx((reduce, gather))
+
+
+def test_weights_gathered_early_hide_beside_the_forward_pass():
+    early = data_time(strategy(stage=2, early_gather=True), 1e-3, 2e-3, PLAIN)[1]
+    assert early == pytest.approx(GATHER - 1e-3)
+
+
+def test_every_collective_pays_its_latency():
+    few, many = (data_time(strategy(stage=0, pieces=n), 1, 1, replace(PLAIN, call=1e-3))[0] for n in (1, 5))
+    assert (few, many) == (pytest.approx(2 * REDUCE + 1e-3), pytest.approx(2 * REDUCE + 5e-3))
+
+
+@pytest.mark.parametrize(("stage", "bytes_"), [(0, 4e6), (1, 4e6 + 2e6), (2, 2 * 4e6 + 2e6), (3, 2 * (4e6 + 2 * 2e6))])
+def test_bytes_that_data_parallelism_moves(stage, bytes_):
+    assert data_bytes(strategy(stage=stage)) == bytes_
+    assert data_bytes(strategy(stage=stage, data=1)) == 0
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize(("checkpointing", "passes"), [("none", 8), ("selective", 12), ("full", 12)])
-def test_tensor_parallel_traffic(sequence, checkpointing, passes):
+def test_tensor_parallel_time(sequence, checkpointing, passes):
     """Gathers and scatters of tokens have the volume of all-reduces; recomputing repeats those of the forward pass."""
     train = {"activation_checkpointing": checkpointing}
     cfg = configuration(parallel={"tensor": 2, "sequence": sequence}, train=train)
     stream = 32 * 32 * 4
-    assert traffic(layout(cfg, 2), COUNT).tensor == (passes * 2 + 4) * stream / 2
+    found = tensor_time(strategy_of(layout(cfg, 2), COUNT), PLAIN)
+    assert found == pytest.approx((passes * 2 + 4) * stream / 2 / 1e9)
+
+
+def test_the_slowest_of_two_ranks_is_waited_for():
+    """Mean of the larger of two standard normal numbers: 1/sqrt(pi)."""
+    alone, two = (
+        time_of(strategy(data=n, stage=0, elements=0), (1.0, 2.0), 1e12, PLAIN, variation=0.1) for n in (1, 2)
+    )
+    assert alone.straggler == 0
+    assert two.straggler == pytest.approx(6.0 * 0.1 / 3.141592653589793**0.5)
+    assert two.total == pytest.approx(6.0 + two.straggler)
+
+
+def test_work_of_a_tensor_rank_by_hand():
+    """Two blocks of 4 heads of 8, 2 of them keys', feed-forward of 80, cut in two."""
+    cfg = configuration(train={"precision": "bf16"}, parallel={"tensor": 2, "sequence": True})
+    found = work_of(layout(cfg, 2), Tracer(cfg.model, cfg.norm).shapes)
+    assert found.matrices == {(16, 32): 2, (8, 32): 4, (32, 16): 2, (40, 32): 4, (32, 40): 2}
+    # cut sides as they are, whole sides by two: q, k and v, o, gate and up, down
+    assert found.between == 2 * ((16 + 16) + 2 * (8 + 16) + (16 + 16) + 2 * (40 + 16) + (40 + 16))
+    assert (found.head, found.attention, found.tokens) == ((160, 32), 2 * 32 // 2, 32)
 
 
 def test_one_gpu_is_arithmetic_and_update():
@@ -75,7 +139,7 @@ def test_unknown_figures_give_no_time():
 def test_a_slow_network_shows():
     cfg = configuration(train={"precision": "bf16", "global_batch_size": 32})
     tracer = Tracer(cfg.model, cfg.norm)
-    fast, slow = (step_time(layout(cfg, 16, 1), Machine(GPUS["H100"], network=n), tracer)[0] for n in (1e12, 1e6))
+    fast, slow = (step_time(layout(cfg, 16, 1), Machine(GPUS["H100"], network=n), tracer)[0] for n in (1e12, 1e3))
     assert fast is not None and slow is not None
     assert slow.data > 1000 * fast.data
     assert slow.compute == fast.compute
