@@ -29,7 +29,7 @@ from nexa.checkpoint.layout import file_key, kind_of
 from nexa.config import compose
 from nexa.interop.huggingface import config_json
 from nexa.interop.import_ import seal
-from nexa.interop.weights import PIECE, SHARD_BYTES, Progress, parameter_shapes, write_files
+from nexa.interop.weights import PIECE, SHARD_BYTES, Progress, parameter_shapes, write_files, write_index
 
 STATES = (WEIGHT, "exp_avg", "exp_avg_sq")
 MB = 1e6
@@ -62,6 +62,8 @@ def source(folder: Path, experiment: str) -> int:
         done = write_files(
             Noise(shapes), keys, folder, dict.fromkeys(keys, torch.float32), kind, SHARD_BYTES, Progress(0, len)
         )
+        if kind == "model":
+            write_index(done, folder)
         records |= done.files
         total += done.total_bytes
         for state in (s for s in STATES if kind_of(s) == kind):
