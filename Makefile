@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= quickstart
+JOBS ?= 2
 
 .PHONY: help setup train test grid lint clean
 
@@ -25,8 +26,8 @@ train: $(STAMP)  ## train the quickstart: real text, loss plot, text sample; a f
 	@echo "== training +exp=$(RUN) into runs/$(RUN); Ctrl-C saves, 'make train' again goes on =="
 	$(BIN)/python train.py +exp=$(RUN)
 
-test: $(STAMP)  ## all tests but the slow grids
-	$(BIN)/python -m pytest -m 'not slow'
+test: $(STAMP)  ## all tests but the slow grids, JOBS=2 at a time
+	$(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist worksteal
 
 grid: $(STAMP)  ## every layout against one process; rewrites the table of docs/parallelism.md; a quarter of an hour on 2 cores
 	$(BIN)/python -m tests.dist.grid --write docs/parallelism.md

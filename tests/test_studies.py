@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.studies import continual, growth, growth_report, runner
+from benchmarks.studies import continual, growth, growth_report, laws, laws_report, runner
 from benchmarks.studies.placements import LEARNING_RATES, SEEDS, VARIANTS, points
 from benchmarks.studies.placements_report import loss_table, name_of
 from benchmarks.studies.runner import Point, run_points
 from nexa.config import check, compose
+from nexa.config.files import to_yaml
 from nexa.config.schema import Config
 from nexa.growth.stages import budget, sizes
 from nexa.optim import learning_rate
@@ -65,6 +66,12 @@ def test_the_growth_study_is_valid_and_compares_one_thing() -> None:
     scratch, shorter = found["scratch_seed0"], found["scratch_equal_flops_seed0"]
     assert shorter.train.steps is not None and shorter.train.steps < growth.STEPS
     for name, cfg in found.items():
+        if (variant := name.partition("_seed")[0]) in [f"scratch_{blocks}" for blocks in growth.SMALLER]:
+            assert cfg.model == dataclasses.replace(scratch.model, num_hidden_layers=int(variant[-1]))
+            cfg = dataclasses.replace(cfg, model=scratch.model)
+        elif variant in [f"scratch_lr{rate:g}" for rate in growth.RATES]:
+            assert cfg.optim.lr != scratch.optim.lr
+            cfg = dataclasses.replace(cfg, optim=scratch.optim)
         ends = sizes(cfg)
         last = ends[-1].model
         assert (last.hidden_size, last.intermediate_size, last.num_hidden_layers) == (128, 344, 8), name
@@ -90,6 +97,84 @@ def test_the_growth_report_measures_speed_up_to_the_same_loss() -> None:
     assert "+100.0% (1 of 2 never there)" in lines["stack, 2 -> 8 blocks"]
     assert lines["from scratch"].startswith("| from scratch | 2 | 4.000 ± 0.000 | +0.000 ± 0.000 |")
     assert "not run" in lines["interleave, 2 -> 8"]
+
+
+def test_the_study_of_laws_is_valid_and_compares_schedules_alone() -> None:
+    found = {}
+    told = {"chosen": {"point_steps": [120, 2000, 2400], "point_ratios": [1.0, 0.9, 0.02]}}
+    schedules = laws.usual((*laws.FITTED, *laws.TESTED)) | laws.chosen(told)
+    for point in laws.points("stores/text", 2048, laws.WHOLE, laws.SEEDS, schedules):
+        found[point.name] = compose(list(point.overrides))
+    assert len(found) == len(laws_report.SCHEDULES) * len(laws.SEEDS)
+    assert [check(cfg, 1) for cfg in found.values()] == [[]] * len(found)
+    for seed in laws.SEEDS:
+        first = found[f"cosine_seed{seed}"]
+        for name in laws_report.SCHEDULES:
+            cfg = found[f"{name}_seed{seed}"]
+            assert dataclasses.replace(cfg, schedule=first.schedule) == first, name
+            assert cfg.schedule.warmup_steps == laws.WHOLE.warmup, name
+        last = [learning_rate(2400, 1.0, 2400, found[f"{n}_seed{seed}"].schedule) for n in laws_report.SCHEDULES]
+        assert last == pytest.approx([0.02, 1.0, 0.02, 0.02])
+
+
+def made_run(study: Path, name: str, schedule: tuple[str, ...], offset: float) -> None:
+    """A run of 120 steps whose validation loss is 3 + 2 S^-0.5 - what the rate has fallen by, and its result."""
+    (point,) = laws.points("stores/text", 2048, laws.SMOKE, (0,), {name: schedule})
+    cfg = compose(list(point.overrides))
+    folder = study / "runs" / f"{name}_seed0"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(cfg))
+    rates = [learning_rate(step, laws.PEAK, 120, cfg.schedule) for step in range(121)]
+    lines = []
+    for step in range(4, 121, 4):
+        fallen = (1 - rates[step - 1] / laws.PEAK) if step > 12 else 0.0
+        loss = 3 + 2 * (sum(rates[:step]) / laws.PEAK) ** -0.5 - 0.3 * fallen + offset
+        row = {"step": step, "lr": rates[step - 1], "val/text/loss": loss}
+        guess = {"predicted_final_loss": 3.3, "predicted_final_loss_low": 3.2, "predicted_final_loss_high": 3.4}
+        lines.append(json.dumps(row | (guess if step % 8 == 0 else {})))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (study / "results").mkdir(exist_ok=True)
+    (study / "results" / f"{name}_seed0.json").write_text("{}")
+
+
+def test_the_study_of_laws_predicts_before_it_tests_and_reports(tmp_path: Path) -> None:
+    schedules = laws.usual((*laws.FITTED, *laws.TESTED))
+    for name in laws.FITTED:
+        made_run(tmp_path, name, schedules[name], 0.0)
+    told = laws.predict(tmp_path, laws.SMOKE, "text", (0,))
+    made_run(tmp_path, "wsd", schedules["wsd"], 0.0)
+    made_run(tmp_path, "chosen", laws.chosen(told)["chosen"], -0.01)
+    assert laws.predict(tmp_path, laws.SMOKE, "text", (0, 1, 2)) == json.loads(
+        (tmp_path / "predictions.json").read_text()
+    )
+    runs = laws_report.ended(tmp_path)
+    assert list(runs) == list(laws_report.SCHEDULES)
+    end = laws_report.final(runs["wsd"][0])
+    assert told["final"]["annealing"]["wsd"] == pytest.approx(end, rel=0.03)
+    table = {line.split(" | ")[0].strip("| "): line for line in laws_report.prediction_table(runs, told)}
+    said = told["final"]["annealing"]["wsd"]
+    assert f"| predicted | 1 | {end:.4f} | {said:.4f} | {said / end - 1:+.2%} |" in table["wsd"]
+    assert "| fitted | 1 |" in table["cosine"]
+    choice = "\n".join(laws_report.choice_table(runs))
+    assert f"| wsd | 1 | {laws_report.final(runs['chosen'][0]) - end:+.4f} |" in choice
+    assert laws_report.live(runs["wsd"][0]) == (pytest.approx(3.3 / end - 1), 3.2 <= end <= 3.4)
+    assert list(laws_report.live_table(runs))[-1].startswith("| median of all | ")
+    del runs["chosen"]
+    assert "| chosen | predicted | 0 | not run |" in "\n".join(laws_report.prediction_table(runs, told))
+
+
+def test_a_grown_run_against_one_of_its_average_size() -> None:
+    def run(loss: float, parameters: float) -> growth_report.Curve:
+        return growth_report.Curve([1.0], [1.0], [loss], parameters)
+
+    found = {"scratch": {0: run(3.0, 4e6)}, "scratch_2": {0: run(4.0, 1e6)}, "stack": {0: run(3.3, 2e6)}}
+    (line,) = list(growth_report.of_average_size(found))[2:]
+    assert line == "| stack, 2 -> 8 blocks | 2.00M | 3.500 | 3.300 | -0.200 |"
+    found["scratch_4"] = {0: run(3.1, 2e6)}
+    assert list(growth_report.of_average_size(found))[2].endswith("| 3.100 | 3.300 | +0.200 |")
+    del found["scratch"]
+    found["stack"] = {0: run(3.3, 3e6)}
+    assert len(list(growth_report.of_average_size(found))) == 2, "beyond what was run nothing is said"
 
 
 def test_points_end_once_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

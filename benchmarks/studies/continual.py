@@ -11,10 +11,9 @@ blocks of width 128 (1.2M parameters without embeddings). What differs between r
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from benchmarks.studies.runner import Point, run_points
+from benchmarks.studies.runner import Point, run_points, study_parser
 
 REPLAY = (0.0, 0.01, 0.05, 0.25, 0.5)
 SEEDS = (0, 1)
@@ -94,14 +93,9 @@ def points(
 
 def main() -> None:
     """Run the study; benchmarks.studies.continual_report makes its tables and figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, 4096, SEEDS)
     parser.add_argument("--old", required=True, type=Path, help="packed store that the trunk is trained on")
     parser.add_argument("--new", required=True, type=Path, help="packed store to go on with")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of their tokenizer (default 4096)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread (default 1)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds (default 0 1)")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of each run: does everything work?")
     arguments = parser.parse_args()
     old, new, out = (str(path.resolve()) for path in (arguments.old, arguments.new, arguments.out))
     seeds = tuple(arguments.seeds)

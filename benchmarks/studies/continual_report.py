@@ -7,7 +7,6 @@ Prints the tables in Markdown. What was not run is left out and counted.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.studies.continual import REPLAY, SEEDS
 from benchmarks.studies.placements_report import Results, read_results
-from benchmarks.studies.runner import metrics
+from benchmarks.studies.runner import metrics, report_arguments, spread
 
 REPLAYED = {f"replay_{share * 100:g}": f"{share * 100:g} % replay" for share in REPLAY}
 TITLES = REPLAYED | {
@@ -39,11 +38,6 @@ def losses(results: Results, variant: str) -> list[tuple[float, float, float]]:
     return [(old, new, (old + new) / 2) for old, new in pairs]
 
 
-def _cell(values: list[float]) -> str:
-    half = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{half}"
-
-
 def table(results: Results) -> Iterator[str]:
     """Every variant: old, new, average; and the average against the union's."""
     yield "| run | seeds | old | new | average | average against union |"
@@ -54,7 +48,7 @@ def table(results: Results) -> Iterator[str]:
         if not found:
             yield f"| {title} | 0 | not run | | | |"
             continue
-        cells = " | ".join(_cell(list(column)) for column in zip(*found, strict=True))
+        cells = " | ".join(spread(list(column)) for column in zip(*found, strict=True))
         against = statistics.mean(average for *_, average in found) - statistics.mean(union) if union else float("nan")
         yield f"| {title} | {len(found)} | {cells} | {against:+.3f} |"
 
@@ -106,10 +100,7 @@ def draw(study: Path, results: Results, path: Path) -> None:
 
 def main() -> None:
     """Print the table and draw the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="folder of the study")
-    parser.add_argument("--figures", type=Path, required=True, help="folder for the picture")
-    arguments = parser.parse_args()
+    arguments = report_arguments(__doc__)
     results = read_results(arguments.study)
     print("\n".join(table(results)))
     draw(arguments.study, results, arguments.figures / "continual.png")

@@ -5,21 +5,20 @@
 The model that counts has 8 blocks of width 128 (1.6M parameters without embeddings). Every grown run has all tokens of
 the run from scratch and grows inside the run, after a tenth of them, from a quarter of the depth or half of the width.
 `scratch_equal_flops` is the run from scratch with the FLOPs of `stack` and a schedule of that length. Peak rate and
-schedule are the same for all. What differs between runs is in `variants` and nowhere else. Stopped, the same command
-goes on.
+schedule are the same for all but two runs from scratch. What differs between runs is in `variants` and nowhere else.
+Stopped, the same command goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from benchmarks.studies.runner import Point, run_points
+from benchmarks.studies.runner import Point, run_points, study_parser
 from nexa.config import compose
 from nexa.growth.stages import budget, sizes, tokens_per_step
 
 SEEDS = (0, 1, 2)
-STEPS = 600
+STEPS = 1000
 COMMON = (
     "model=llama_9m",
     "model.hidden_size=128",
@@ -33,12 +32,16 @@ COMMON = (
     "schedule.min_lr_ratio=0.1",
     "checkpoint.every=100",
     "checkpoint.keep_last=1",
-    "eval.every=30",
+    "eval.every=50",
     "eval.batches=16",
     "log.every=5",
 )
 SMOKE = ("eval.batches=1", "eval.every=4", "checkpoint.every=4")
 BLOCKS = 8
+SMALLER = (2, 4)
+"""Depths of further runs from scratch: what a model of the average size would reach."""
+RATES = (2e-3, 8e-3)
+"""Peak rates of further runs from scratch: is the one of all runs a bad one for them?"""
 
 
 def _stage(steps: int, **keys: object) -> str:
@@ -72,6 +75,8 @@ def variants(vocab_size: int, steps: int = STEPS) -> dict[str, tuple[str, ...]]:
         "scratch": scratch,
         "scratch_equal_flops": (*scratch, f"train.steps={shorter}"),
         **grown,
+        **{f"scratch_{blocks}": (*sized, f"model.num_hidden_layers={blocks}") for blocks in SMALLER},
+        **{f"scratch_lr{rate:g}": (*scratch, f"optim.lr={rate}") for rate in RATES},
     }
 
 
@@ -94,13 +99,8 @@ def points(store: str, vocab_size: int, smoke: bool = False, seeds: tuple[int, .
 
 def main() -> None:
     """Run the study; benchmarks.studies.growth_report makes its table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, 2048, SEEDS)
     parser.add_argument("--data", required=True, help="packed store, or `embedded`")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of its tokenizer (default 2048)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread (default 1)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds (default 0 1 2)")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of each run: does everything work?")
     arguments = parser.parse_args()
     store = arguments.data if arguments.data == "embedded" else str(Path(arguments.data).resolve())
     found = points(store, arguments.vocab_size, arguments.smoke, tuple(arguments.seeds))

@@ -10,19 +10,20 @@ schedule ends there, so the number is on the careful side.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.studies.growth import SEEDS
-from benchmarks.studies.runner import metrics
+from benchmarks.studies.growth import RATES, SEEDS, SMALLER
+from benchmarks.studies.runner import metrics, report_arguments, spread
 from nexa.config import load
+from nexa.growth.stages import budget, sizes
 from nexa.model.decoder import flops_per_token
 
 TITLES = {
@@ -36,15 +37,20 @@ TITLES = {
     "widen": "widen, width 64 -> 128",
     "progressive": "stack, 2 -> 4 -> 8",
 }
+TITLES |= {f"scratch_{blocks}": f"from scratch, {blocks} blocks" for blocks in SMALLER}
+TITLES |= {f"scratch_lr{rate:g}": f"from scratch, peak rate {rate:g}" for rate in RATES}
+FORMS = (".3f", ".3f", "+.3f")
+FROM_SCRATCH = ("scratch", *(f"scratch_{blocks}" for blocks in SMALLER))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation of one run: tokens, FLOPs and loss at each evaluation."""
+    """Validation of one run: tokens, FLOPs and loss at each evaluation; parameters: their average over its tokens."""
 
     tokens: list[float]
     flops: list[float]
     losses: list[float]
+    parameters: float = 0.0
 
 
 def curve(run: Path) -> Curve | None:
@@ -58,7 +64,8 @@ def curve(run: Path) -> Curve | None:
     fixed = flops_per_token(cfg.model, cfg.norm, cfg.data.sequence_length)
     found = [row for row in rows if row.get(key) is not None]
     flops = [row.get("flops", row["tokens"] * fixed) for row in found]
-    return Curve([row["tokens"] for row in found], flops, [row[key] for row in found])
+    average = budget(cfg, sizes(cfg)).average_parameters
+    return Curve([row["tokens"] for row in found], flops, [row[key] for row in found], average)
 
 
 def read(study: Path) -> dict[str, dict[int, Curve]]:
@@ -92,19 +99,13 @@ def speedups(found: dict[str, dict[int, Curve]], variant: str, axis: str) -> lis
     return result
 
 
-def _spread(values: list[float], form: str) -> str:
-    mean = statistics.mean(values)
-    half = f" ± {(max(values) - min(values)) / 2:{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{mean:{form}}{half}"
-
-
 def _against(found: dict[str, dict[int, Curve]], variant: str, other: str) -> str:
     pairs = [
         (one.losses[-1], found[other][seed].losses[-1])
         for seed, one in found[variant].items()
         if seed in found.get(other, {})
     ]
-    return _spread([mine - theirs for mine, theirs in pairs], "+.3f") if pairs else ""
+    return spread([mine - theirs for mine, theirs in pairs], "+.3f") if pairs else ""
 
 
 def table(found: dict[str, dict[int, Curve]]) -> Iterator[str]:
@@ -119,14 +120,45 @@ def table(found: dict[str, dict[int, Curve]]) -> Iterator[str]:
         if not runs:
             yield f"| {title} | 0 | not run | | | | | |"
             continue
-        cells = [_spread([one.losses[-1] for one in runs.values()], ".3f")]
+        cells = [spread([one.losses[-1] for one in runs.values()], ".3f")]
         cells += [_against(found, variant, other) for other in ("scratch", "scratch_equal_flops")]
         cells.append(f"{statistics.mean(one.flops[-1] for one in runs.values()):.3g}")
         for axis in ("flops", "tokens"):
             values = speedups(found, variant, axis)
             missed = f" ({len(runs) - len(values)} of {len(runs)} never there)" if len(values) < len(runs) else ""
-            cells.append((_spread(values, "+.1%") if values else "–") + missed)
+            cells.append((spread(values, "+.1%") if values else "–") + missed)
         yield f"| {title} | {len(runs)} | {' | '.join(cells)} |"
+
+
+def of_average_size(found: dict[str, dict[int, Curve]]) -> Iterator[str]:
+    """What a grown run has beyond a run from scratch whose size is its average: the hypothesis of a law of that.
+
+    The loss from scratch at a size between two that were run is on a straight line over the logarithm of the size.
+    """
+    yield "| run | average parameters | loss from scratch at that size | loss | residual |"
+    yield "|---|---|---|---|---|"
+    for variant, title in TITLES.items():
+        if variant.startswith("scratch"):
+            continue
+        rows = []
+        for seed, mine in found.get(variant, {}).items():
+            runs = [found[name][seed] for name in FROM_SCRATCH if seed in found.get(name, {})]
+            known = sorted((log(run.parameters), run.losses[-1]) for run in runs)
+            if len(known) > 1 and known[0][0] <= log(mine.parameters) <= known[-1][0]:
+                expected = on_lines(known, log(mine.parameters))
+                rows.append((expected, mine.losses[-1], mine.losses[-1] - expected))
+        if rows:
+            cells = [spread(column, form) for column, form in zip(zip(*rows, strict=True), FORMS, strict=True)]
+            average = next(iter(found[variant].values())).parameters
+            yield f"| {title} | {average / 1e6:.2f}M | {' | '.join(cells)} |"
+
+
+def on_lines(points: Sequence[tuple[float, float]], at: float) -> float:
+    """The value at `at` of straight lines through points in order."""
+    for (a, first), (b, second) in itertools.pairwise(points):
+        if at <= b:
+            return first + (second - first) * (at - a) / (b - a)
+    raise AssertionError("within the points")
 
 
 def draw(found: dict[str, dict[int, Curve]], path: Path) -> None:
@@ -154,12 +186,10 @@ def draw(found: dict[str, dict[int, Curve]], path: Path) -> None:
 
 def main() -> None:
     """Print the table and draw the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="folder of the study")
-    parser.add_argument("--figures", type=Path, required=True, help="folder for the picture")
-    arguments = parser.parse_args()
+    arguments = report_arguments(__doc__)
     found = read(arguments.study)
-    print("\n".join(table(found)))
+    print("\n".join(table(found)), end="\n\n")
+    print("\n".join(of_average_size(found)))
     draw(found, arguments.figures / "growth.png")
 
 

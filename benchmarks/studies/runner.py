@@ -8,8 +8,10 @@ ended too: `diverged` is a result. Any other failure stops the study.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -130,3 +132,29 @@ def _shown(validation: dict[str, float]) -> str:
 def the_loss(result: dict[str, Any]) -> float | None:
     """Final validation loss of a point with one validation source; None when it diverged."""
     return None if result["diverged"] else float(*result["validation"].values())
+
+
+def study_parser(doc: str | None, vocab_size: int, seeds: tuple[int, ...]) -> argparse.ArgumentParser:
+    """The options that all studies have; `doc`: what --help says first."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--vocab-size", type=int, default=vocab_size, help=f"tokens of the store's tokenizer (default {vocab_size})")
+    add("--out", type=Path, required=True, help="folder of the study")
+    add("--jobs", type=int, default=1, help="runs at a time, each on one thread (default 1)")
+    add("--seeds", type=int, nargs="+", default=seeds, help=f"seeds (default {' '.join(map(str, seeds))})")
+    add("--smoke", action="store_true", help="a few steps of each run: does everything work?")
+    return parser
+
+
+def report_arguments(doc: str | None) -> argparse.Namespace:
+    """`study` and `figures`, the folders that a report reads and draws into."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="folder of the study")
+    parser.add_argument("--figures", type=Path, required=True, help="folder for the pictures")
+    return parser.parse_args()
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """The mean and, of several values, half of what lies between the smallest and the largest."""
+    half = f" ± {(max(values) - min(values)) / 2:{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{half}"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from nexa.config import from_mapping
+from nexa.config.growth import GrowthStage
 from nexa.config.schema import Config
 from nexa.scaling.laws.live import Live
 from nexa.train.hooks import build_hooks
@@ -119,6 +120,14 @@ def test_losses_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
 def test_a_run_from_other_weights_is_not_predicted(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     cfg.resume.mode, cfg.resume.path = "weights_only", "runs/other"
+    hook = PredictionHook(cfg)
+    hook.start(trainer(0))
+    assert all(KEYS[0] not in row for row in go(hook, 5, STEPS))
+
+
+def test_a_run_that_grows_is_not_predicted(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    cfg.growth.stages = [GrowthStage(at_tokens=1000, factor=2)]
     hook = PredictionHook(cfg)
     hook.start(trainer(0))
     assert all(KEYS[0] not in row for row in go(hook, 5, STEPS))

@@ -35,14 +35,20 @@ class PredictionHook(Hook):
         """Read the rows of the run so far."""
         if not trainer.topology.is_main:
             return
-        if self._config.resume.mode not in OWN:
-            mode = self._config.resume.mode
-            logger.info("no predictions of the final loss: resume.mode=%s starts from another run's loss", mode)
+        if reason := self._unforeseen():
+            logger.info("no predictions of the final loss: %s", reason)
             return
         try:
             self._begin(trainer.state.step)
         except Exception as error:  # a prediction is never worth a run
             self._give_up(error)
+
+    def _unforeseen(self) -> str | None:
+        """What no law here knows, if the run has it."""
+        mode = self._config.resume.mode
+        if mode not in OWN:
+            return f"resume.mode={mode} starts from another run's loss"
+        return "growth.stages makes a jump in it" if self._config.growth.stages else None
 
     def _begin(self, step: int) -> None:
         from nexa.scaling.laws.live import Live
