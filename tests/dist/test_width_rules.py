@@ -14,7 +14,7 @@ from nexa.model.init import initialise
 from tests.dist.common import CLIP, EPS, LR, TOLERANCE, Outcome, config, deviation, run_jobs
 from tests.dist.grid import STAGES, parallel
 
-STEPS = 12
+STEPS = 6
 RULE = {"width_rule": "mup_root_decay", "base_hidden_size": 6}
 """A quarter of the width: one head of four."""
 
@@ -71,8 +71,8 @@ def test_every_layout(tmp_path: Path) -> None:
     jobs = [
         config(**common, train={"micro_batch_size": 2}, parallel=parallel(stage, (1, 2, False))) for stage in STAGES
     ]
-    jobs += [config(**common, parallel=parallel(stage, (2, 1, stage == 3))) for stage in (0, 3)]
-    jobs.append(config(**common, model={"num_key_value_heads": 1}, parallel=parallel(1, (2, 1, True))))
+    jobs.append(config(**common, parallel=parallel(0, (2, 1, False))))
+    jobs.append(config(**common, model={"num_key_value_heads": 1}, parallel=parallel(3, (2, 1, True))))
     outcomes = run_jobs(tmp_path, jobs, 2, ignore=0.3, steps=STEPS)
     for job, outcome in zip(jobs, outcomes, strict=True):
         expected = plain(job, job["train"]["micro_batch_size"])

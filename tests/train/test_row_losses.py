@@ -134,10 +134,9 @@ def test_gradient_noise_is_that_of_plain_autograd(train: Train) -> None:
     assert rows[0]["gradient_square"] == pytest.approx(square, rel=1e-4, abs=1e-6 * variance)
     assert rows[0]["gradient_variance"] == pytest.approx(variance, rel=1e-4)
 
-    shared = train("noise_shared", *noise, "train.stop_at=2", "parallel.zero_stage=2", processes=2)
-    for row, same in zip(shared, rows, strict=True):
-        assert row["gradient_square"] == pytest.approx(same["gradient_square"], rel=1e-3)
-        assert row["gradient_variance"] == pytest.approx(same["gradient_variance"], rel=1e-4)
+    shared = train("noise_shared", *noise, "train.stop_at=1", "parallel.zero_stage=2", processes=2)
+    for key in ("gradient_square", "gradient_variance"):
+        assert [row[key] for row in shared] == [pytest.approx(rows[0][key], rel=1e-3)]
     resumed = train("noise", *noise)
     assert resumed[:2] == rows
     weights = 0.9 ** np.arange(len(resumed))[::-1]
