@@ -1,4 +1,4 @@
-"""`nexa coordinates` from words to exit code."""
+"""`nexa widths` from words to exit code."""
 
 import json
 
@@ -19,7 +19,7 @@ FEW = ["--widths", "16", "32", "64", "--length", "8", "--sequences", "4"]
 
 def call(capsys, *words, code=0):
     with pytest.raises(SystemExit) as ended:
-        main(["coordinates", *words])
+        main(["widths", *words])
     out = capsys.readouterr()
     assert ended.value.code == code, out.err
     return out.err if code else out.out

@@ -1,4 +1,4 @@
-"""`nexa coordinates +exp=NAME key=value …`: whether a rule of width keeps what updates change."""
+"""`nexa widths +exp=NAME key=value …`: whether a rule of width keeps what updates change."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the `coordinates` command to the `nexa` parser; `run` is its handler."""
+    """Add the `widths` command to the `nexa` parser; `run` is its handler."""
     parser = subparsers.add_parser(
-        "coordinates",
+        "widths",
         help="whether updates change activations as much at every width",
         description="Train the configured model at several widths for a few steps on random tokens, on the CPU, with "
         "and without the rule of optim.width_rule (mup, when that is none), and print the root mean square of what "
