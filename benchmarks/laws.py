@@ -1,11 +1,12 @@
 """How well loss-curve laws fit and predict public curves, and how long a fit takes (CPU seconds of one core).
 
-    python -m benchmarks.laws --curves DIR [--out laws.json]
+    python -m benchmarks.laws --curves DIR [--only mpl|schaipp2025] [--out laws.json]
 
 DIR has `mpl/csv_{25,100,…}` (curves of thu-yao-01-luo/MultiPowerLaw) and, if there, `schaipp2025` (runs of
 fabian-sp/lr-scheduling with index.csv). On the first, laws are fitted on three curves and measured on the other six,
 and each strength of the multi-power law's prior on the curves left out among the three: so its default was chosen.
-On the second, validation losses of cosine runs predict those of WSD runs with the same model and rate, and the reverse.
+On the second, validation losses of cosine runs predict those of WSD runs of the same model, and the reverse; at most
+six runs of a kind. `--only schaipp2025` prints that table alone, in Markdown: mean |r| and mean |r| at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nexa.errors import UserError
 from nexa.scaling.laws import LAWS, Law
 from nexa.scaling.laws.compare import held_out
 from nexa.scaling.laws.curves import Curve, checked, read_csv
-from nexa.scaling.laws.fit import fit, score
+from nexa.scaling.laws.fit import fit, measures, score
 from nexa.scaling.laws.rates import from_spec
 
 PEAK, WARMUP = 3e-4, 2160
@@ -37,6 +38,10 @@ PUBLISHED = {
 }
 """L0, A, alpha, B, C, beta, gamma of arXiv 2503.12811, by millions of parameters."""
 PRIORS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+CROSSED = ("annealing", "multipower")
+WAYS = {"cosine to WSD": ("cos", "wsd"), "WSD to cosine": ("wsd", "cos")}
+MOST = 6
+"""Runs of a kind that are fitted, and that are measured, in each group of the second data set."""
 
 
 def schedule(name: str) -> dict[str, Any]:
@@ -121,9 +126,16 @@ def logged(folder: Path, row: dict[str, str]) -> Curve:
     return checked(name, f"{name}.csv", made, columns, offset=0, size=float(row["params"]))
 
 
-def second_set(folder: Path) -> dict[str, Any]:
-    """For each model and peak rate: cosine runs predict WSD runs, and the reverse."""
-    groups: dict[tuple[str, str, str], dict[str, list[Curve]]] = defaultdict(lambda: defaultdict(list))
+Runs = dict[str, list[Curve]]
+"""By scheduler: cos, wsd."""
+
+
+def second_groups(folder: Path) -> dict[tuple[str, str, str, str], Runs]:
+    """Runs by data, parameters, peak rate of cosine and of WSD.
+
+    The same peak where there is such a pair of groups; sizes that were run with one peak for each schedule have two.
+    """
+    found: dict[tuple[str, str], dict[tuple[str, str], list[Curve]]] = defaultdict(lambda: defaultdict(list))
     left_out = 0
     with (folder / "index.csv").open() as file:
         for row in csv.DictReader(file):
@@ -134,18 +146,53 @@ def second_set(folder: Path) -> dict[str, Any]:
             except UserError:  # its logged rates are not those of its index entry
                 left_out += 1
                 continue
-            groups[row["dataset"], row["params"], row["lr"]][row["scheduler"]].append(curve)
+            found[row["dataset"], row["params"]][row["scheduler"], row["lr"]].append(curve)
     print(f"schaipp2025: {left_out} runs left out, whose rates are not those that their entry says", flush=True)
-    result = {}
-    for key, runs in sorted(groups.items()):
-        if not (runs["cos"] and runs["wsd"]):
-            continue
-        for name in ("annealing", "multipower"):
-            for way, train, test in (("cosine to wsd", "cos", "wsd"), ("wsd to cosine", "wsd", "cos")):
-                counts = f"{len(runs[train])} to {len(runs[test])} runs"
-                label = f"{key[0]} {int(key[1]) / 1e6:.0f}M lr {key[2]}: {name}, {way} ({counts})"
-                result[label] = fitted(LAWS[name](), runs[train], runs[test], profile=name == "annealing")
-                show(label, result[label])
+    groups = {}
+    for (data, size), by_rate in found.items():
+        rates = {kind: [lr for each, lr in by_rate if each == kind] for kind in ("cos", "wsd")}
+        both = [(lr, lr) for lr in rates["cos"] if lr in rates["wsd"]]
+        for cos, wsd in both or [(cos, wsd) for cos in rates["cos"] for wsd in rates["wsd"]]:
+            groups[data, size, cos, wsd] = {"cos": thinned(by_rate["cos", cos]), "wsd": thinned(by_rate["wsd", wsd])}
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], int(item[0][1]), item[0][2:])))
+
+
+def thinned(runs: list[Curve]) -> list[Curve]:
+    """At most `MOST` of them, of all lengths: more tell a law little and cost time."""
+    ordered = sorted(runs, key=lambda curve: (curve.rates.total, curve.path))
+    return [ordered[at] for at in np.unique(np.linspace(0, len(ordered) - 1, MOST).round().astype(int))]
+
+
+def crossed(law: str, train: list[Curve], test: list[Curve]) -> dict[str, Any] | None:
+    """A fit on one kind of schedule, measured on the other; None where one run is all there is to fit."""
+    if len(train) < 2 or sum(len(curve.loss) for curve in train) <= 2 * len(LAWS[law].order):
+        return None
+    begin = time.process_time()
+    found = fit(LAWS[law](), train, profile=law == "annealing")
+    seconds = time.process_time() - begin
+    entries = []
+    for curve in test:
+        predicted = found.law.predict(curve.rates, curve.index, found.params, curve.size)
+        entries.append(measures(curve.loss, predicted) | {"end": abs(float(predicted[-1] - curve.loss[-1]))})
+    return {"seconds": seconds} | {key: float(np.mean([entry[key] for entry in entries])) for key in entries[0]}
+
+
+def second_set(folder: Path) -> dict[str, Any]:
+    """For each model: cosine runs predict WSD runs, and the reverse. Prints the table of docs/laws.md."""
+    result: dict[str, Any] = {}
+    columns = [f"`{law}` {way}" for way in WAYS for law in CROSSED]
+    print("| " + " | ".join(["data, size", "peak", "runs", *columns, "CPU"]) + " |")
+    print("|---" * (len(columns) + 4) + "|", flush=True)
+    for (data, size, cos, wsd), runs in second_groups(folder).items():
+        peaks = f"{float(cos):g}" if cos == wsd else f"{float(cos):g}, {float(wsd):g}"
+        cells, seconds = [f"{data}, {int(size) / 1e6:.0f}M", peaks, f"{len(runs['cos'])}, {len(runs['wsd'])}"], 0.0
+        for way, (train, test) in WAYS.items():
+            for law in CROSSED:
+                entry = crossed(law, runs[train], runs[test])
+                result[f"{cells[0]} peak {peaks}: {law}, {way}"] = entry
+                cells.append("" if entry is None else f"{entry['mae']:.4f}, {entry['end']:.4f}")
+                seconds += 0.0 if entry is None else entry["seconds"]
+        print("| " + " | ".join([*cells, f"{seconds:.1f} s"]) + " |", flush=True)
     return result
 
 
@@ -164,14 +211,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--only", choices=("mpl", "schaipp2025"), help="one of the data sets")
     arguments = parser.parse_args()
     result = {}
-    for folder in sorted(arguments.curves.glob("mpl/csv_*")):
+    for folder in sorted(arguments.curves.glob("mpl/csv_*")) if arguments.only != "schaipp2025" else []:
         print(folder.name, flush=True)
         result[folder.name] = first_set(folder)
         for label, entry in result[folder.name].items():
             show(label, entry)
-    if (arguments.curves / "schaipp2025").is_dir():
+    if (arguments.curves / "schaipp2025").is_dir() and arguments.only != "mpl":
         result["schaipp2025"] = second_set(arguments.curves / "schaipp2025")
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -33,14 +33,22 @@ SPEC is a run folder (its config.yaml says the schedule, its metrics.jsonl the l
   nexa law fit runs/cosine runs/constant --law annealing --bootstrap 100 --out law.json
   nexa law predict law.json planned.yaml --out predictions
   nexa law compare train.yaml --test test.yaml
-  nexa law plot law.json train.yaml --out law.svg
+  nexa law plot law.json train.yaml --out law.svg        # or law.html: a page with everything
   nexa law schedule law.json --total-steps 24000 --warmup-steps 500 --peak-lr 3e-4 --out conf/schedule/best.yaml
   nexa law scaling optimum besiroglu --flops 1e21
   nexa law mixture best mixture.json
 
 scaling, mixture and ladder are laws of size and data; the others are of schedules.
 """
-LAW_NAMES = ("annealing", "multipower", "annealing_size", "forward_momentum")
+LAW_NAMES = (
+    "annealing",
+    "multipower",
+    "annealing_size",
+    "forward_momentum",
+    "continual",
+    "continual_replay",
+    "continual_size",
+)
 WARMUPS = ("official", "interpretable")
 
 
@@ -119,7 +127,7 @@ def _plot_parser(commands: Any) -> None:
     )
     parser.add_argument("law", metavar="LAW", help="law.json")
     _specs(parser.add_argument)
-    parser.add_argument("--out", required=True, metavar="FILE", help="figure: .svg, .pdf or .png")
+    parser.add_argument("--out", required=True, metavar="FILE", help="figure: .svg, .pdf or .png; or a page: .html")
     parser.add_argument("--extrapolate", action="store_true", help="draw even where the law is known to be wrong")
     parser.set_defaults(handler=plot)
 
@@ -205,14 +213,15 @@ def fit(arguments: argparse.Namespace) -> int:
 
 def _allowed(fitted: Fitted, loaded: Sequence[Curve], extrapolate: bool) -> list[str]:
     """Remarks on all curves; UserError when the law is known to be wrong on one and `extrapolate` is not set."""
-    from nexa.scaling.laws.limits import refusals, remarks
+    from nexa.scaling.laws.limits import overlooked, refusals, remarks
 
     found = []
     for curve in loaded:
         refused = refusals(fitted.law, fitted.seen, curve.rates)
         if refused and not extrapolate:
             raise UserError(f"{curve.path}: {'; '.join(refused)}. --extrapolate predicts all the same")
-        found += [f"{curve.path}: {text}" for text in [*refused, *remarks(fitted.seen, curve.rates), *curve.notes]]
+        said = [*refused, *remarks(fitted.seen, curve.rates), *overlooked(fitted.law, curve.rates), *curve.notes]
+        found += [f"{curve.path}: {text}" for text in said]
     for text in found:
         _note(f"warning: {text}")
     return found
@@ -264,12 +273,15 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def plot(arguments: argparse.Namespace) -> int:
     """Draw. Raises UserError."""
-    from nexa.scaling.laws import curves, files
+    from nexa.scaling.laws import curves, files, page
     from nexa.scaling.laws.figures import draw
 
     fitted, loaded = files.read(arguments.law), curves.load(arguments.specs, arguments.loss)
-    _allowed(fitted, loaded, arguments.extrapolate)
-    draw(arguments.out, fitted, loaded)
+    warnings = _allowed(fitted, loaded, arguments.extrapolate)
+    if Path(arguments.out).suffix == ".html":
+        page.write(arguments.out, fitted, loaded, warnings)
+    else:
+        draw(arguments.out, fitted, loaded)
     print(f"wrote {arguments.out}")
     return 0
 

@@ -1,4 +1,4 @@
-"""`nexa law scaling`, `mixture` and `ladder`: loss by parameters, tokens and data."""
+"""`nexa law scaling` and `mixture`: loss by parameters, tokens and data."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from nexa.cli import law_ladder
 from nexa.errors import UserError
 
 if TYPE_CHECKING:
     from nexa.scaling.sizes.chinchilla import Chinchilla
     from nexa.scaling.sizes.repetition import Repeated
 
+FAR = 100
+"""So many times the largest run is worth a word."""
 LAW_HELP = "scaling.json, or a published law: hoffmann, besiroglu, c4"
 
 
 def add_parsers(commands: Any) -> None:
-    """Add the three to the commands of `nexa law`."""
+    """Add these and `ladder` to the commands of `nexa law`."""
     scaling = commands.add_parser(
         "scaling",
         help="loss by parameters and tokens: fit, predict, optimum",
@@ -32,7 +35,7 @@ def add_parsers(commands: Any) -> None:
         description="L_i = c_i + k_i exp(sum_j t_ij r_j) of each validation domain i for shares r_j of the sources.",
     ).add_subparsers(dest="mixture_command", metavar="COMMAND", required=True)
     _mixture_parsers(mixture)
-    _ladder_parser(commands)
+    law_ladder.add_parser(commands)
 
 
 def _scaling_fit_parser(commands: Any) -> None:
@@ -76,6 +79,8 @@ def _mixture_parsers(commands: Any) -> None:
     parser = commands.add_parser("fit", help="fit the law to runs", description="Fit the law; writes FILE.")
     add = parser.add_argument
     add("runs", metavar="RUNS", help="CSV file with columns weight/<source> and loss/<domain>, a line for each run")
+    add("--parameters", type=float, metavar="N", help="predict each mixture at this size first (column parameters)")
+    add("--tokens", type=float, metavar="D", help="predict each mixture at this length first (column tokens)")
     add("--out", required=True, metavar="FILE", help="mixture.json to write")
     parser.set_defaults(handler=mixture_fit)
     parser = commands.add_parser(
@@ -87,21 +92,6 @@ def _mixture_parsers(commands: Any) -> None:
     add("--most", nargs="+", default=[], metavar="NAME=X", help="largest share of a source, so that it lasts")
     add("--least", nargs="+", default=[], metavar="NAME=X", help="smallest share of a source")
     parser.set_defaults(handler=mixture_best)
-
-
-def _ladder_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "ladder",
-        help="commands of small runs from which a large one is predicted",
-        description="Print the commands of smaller versions of a run, of several sizes and lengths; then "
-        "`nexa law scaling fit` on their folders, and `nexa law scaling predict`, predict the large one.",
-    )
-    add = parser.add_argument
-    add("overrides", nargs="+", metavar="key=value", help="+exp=NAME and overrides of the large run, as for train.py")
-    add("--shares", nargs="+", type=float, default=[0.25, 0.375, 0.5], metavar="S", help="of its width and depth")
-    add("--tokens-per-parameter", nargs="+", type=float, default=[10, 20, 40], metavar="X", help="default: 10 20 40")
-    add("--name", default="ladder", metavar="NAME", help="beginning of run.name (default: ladder)")
-    parser.set_defaults(handler=ladder)
 
 
 def _note(text: str) -> None:
@@ -210,13 +200,23 @@ def mixture_fit(arguments: argparse.Namespace) -> int:
     from nexa.scaling.laws.files import to_json, write
     from nexa.scaling.sizes import files
     from nexa.scaling.sizes.mixing import fit
+    from nexa.scaling.sizes.nested import LEVELS, project
 
-    sources, domains, shares, losses = files.mixtures(arguments.runs)
-    law = fit(sources, domains, shares, losses)
-    error = np.abs(law.losses(shares) - losses).mean(0)
-    write(arguments.out, to_json(files.mixing_document(law, len(shares), error)))
-    for name, value, all_losses in zip(domains, error, losses.T, strict=True):
-        print(f"  {name:<16} mean error {value:.4f}, spread of the runs {np.ptp(all_losses):.4f}")
+    _above_zero(arguments, *LEVELS)
+    table = files.mixtures(arguments.runs)
+    target = {name: getattr(arguments, name) for name in LEVELS if getattr(arguments, name) is not None}
+    at = project(table.shares, table.scales, table.losses, target)
+    for name, largest in at.largest.items():
+        if target[name] > FAR * largest:
+            _note(f"warning: {name}: {target[name]:g} is {target[name] / largest:.3g} times the largest of the runs")
+    law = fit(table.sources, table.domains, at.shares, at.losses)
+    error = np.abs(law.losses(at.shares) - at.losses).mean(0)
+    document = files.mixing_document(law, len(table.shares), error, target, at.exponents)
+    write(arguments.out, to_json(document))
+    print(f"{len(table.shares)} runs, {len(at.shares)} mixtures" if target else f"{len(table.shares)} runs")
+    for number, (name, value) in enumerate(zip(table.domains, error, strict=True)):
+        exponents = "".join(f", exponent of {level} {of[number]:.3f}" for level, of in at.exponents.items())
+        print(f"  {name:<16} mean error {value:.4f}, spread {np.ptp(at.losses[:, number]):.4f}{exponents}")
     print(f"wrote {arguments.out}")
     return 0
 
@@ -260,13 +260,4 @@ def mixture_best(arguments: argparse.Namespace) -> int:
         "outside": outside,
     }
     print(json.dumps(found, indent=1))
-    return 0
-
-
-def ladder(arguments: argparse.Namespace) -> int:
-    """Print commands. Raises UserError."""
-    from nexa.scaling.sizes.ladder import rungs
-
-    for words in rungs(arguments.overrides, arguments.shares, arguments.tokens_per_parameter, arguments.name):
-        print(" ".join(["python train.py", *words]))
     return 0

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 import os
 import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -19,8 +17,7 @@ from nexa.config import to_yaml
 from nexa.config.schema import Config
 from nexa.errors import UserError
 from nexa.parallel.topology import Topology
-
-logger = logging.getLogger("nexa")
+from nexa.train.lease import Lease
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "hydra-core", "transformers", "datasets", "numpy", "nexa")
 
@@ -76,7 +73,7 @@ class RunFolder:
 
     def __init__(self, cfg: Config) -> None:
         self.path = Path(cfg.run.dir)
-        self._lock: IO[str] | None = None
+        self._lease = Lease(self.path / ".lock")
 
     @property
     def checkpoints(self) -> Path:
@@ -90,8 +87,7 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-            self._take(self._lock)
+            self._lease.take()
             _replace(self.path / "config.yaml", to_yaml(cfg))
             _replace(self.path / "environment.json", json.dumps(environment(topology), indent=2) + "\n")
         except OSError as error:
@@ -99,15 +95,6 @@ class RunFolder:
                 f"run.dir={self.path}: cannot be written ({error}); set run.dir to another folder"
             ) from None
 
-    def _take(self, lock: IO[str]) -> None:
-        """Lock the folder until this process ends. Raises UserError when another one has it."""
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run.dir={self.path}: another run is writing here; give this one another run.name or wait"
-            ) from None
-        except OSError as error:
-            logger.warning(
-                "%s: the file system has no locks (%s); a second run here would not be noticed", self.path, error
-            )
+    def close(self) -> None:
+        """Let the next run in."""
+        self._lease.release()

@@ -161,6 +161,7 @@ def run(cfg: Config) -> int:
         trainer, trained = train_through(cfg, sizes, topology, folder, build_trainer, stop)
     finally:
         stop.release()
+        folder.close()
     code = 0
     if trained:
         code = _outcome(trainer, last_step(cfg))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal_number = 0
         self._received = 0
+        self._before: dict[int, Any] = {}
 
     @property
     def asked(self) -> bool:
@@ -33,7 +35,7 @@ class StopFlag:
     def install(self) -> None:
         """Catch SIGINT, SIGTERM and SIGUSR1; a second SIGINT ends the process at once."""
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            self._before.setdefault(number, signal.signal(number, self._receive))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received == number:
@@ -49,8 +51,9 @@ class StopFlag:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=topology.control_group)
         self.signal_number = int(flag)
 
-    @staticmethod
-    def release() -> None:
-        """Give the signals back to Python's defaults."""
-        for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    def release(self) -> None:
+        """Give the signals back. One that was ignored before is ignored again: a launcher that asks twice does not end
+        a run that has saved and is about to end."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before.clear()

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -46,6 +48,24 @@ def fitted(tmp_path_factory):
         main(["law", "fit", str(train), "--law", "annealing", "--bootstrap", "10", "--out", str(folder / "law.json")])
     assert ended.value.code == 0
     return folder
+
+
+class Page(HTMLParser):
+    """Pieces of text of a page, and the tags that are still open."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.pieces.extend([data.strip()] if data.strip() else [])
 
 
 def test_names_are_those_of_the_registry():
@@ -130,6 +150,38 @@ def test_plot(fitted, capsys, tmp_path, suffix):
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
     assert suffix == "png" or all(name in data for name in (b"cosine", b"constant", b"drop", b"loss - law"))
+
+
+def test_a_page_has_everything_and_needs_nothing(fitted, capsys, tmp_path):
+    """Well-formed, without scripts and addresses; names that look like markup are text."""
+    spec = yaml.safe_load((fitted / "cosine_constant_drop.yaml").read_text())
+    for entry in spec["curves"]:
+        entry["path"] = str(fitted / entry["path"])
+    spec["curves"][0]["name"] = "<script>$x^2 & y"
+    spec["curves"].append({"name": "planned <b>", "schedule": COMMON | SCHEDULES["to_zero"]})
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    law = json.loads((fitted / "law.json").read_text())
+    (tmp_path / "law.json").write_text(json.dumps(law | {"warnings": ["fitted on <two> & more"]}))
+    path = tmp_path / "law.html"
+    call(capsys, "plot", tmp_path / "law.json", tmp_path / "spec.yaml", "--out", path)
+    text = path.read_text()
+    assert not re.search(r"<script|<link|<img|<iframe|javascript:|@import|url\((?!#)", text)
+    assert not re.search(r'(?:href|src)="(?!#)', text)
+    parser = Page()
+    parser.feed(text)
+    assert parser.open == []
+    for name in ("<script>$x^2 & y", "planned <b>", "fitted on <two> & more", "loss - law"):
+        assert any(name in piece for piece in parser.pieces), name
+    assert any("rates down to" in piece for piece in parser.pieces)  # of the curve that was not fitted
+    for name, (low, high) in law["intervals"].items():
+        if name != "lambda":
+            at = parser.pieces.index(name)
+            assert parser.pieces[at : at + 3] == [name, f"{law['params'][name]:.6g}", f"{low:.5g} to {high:.5g}"]
+    mae = f"{law['curves'][1]['mae']:.5f}"
+    assert parser.pieces[parser.pieces.index(str(fitted / "constant.csv")) + 1] == mae
+    (tmp_path / "law.json").write_text(json.dumps(law | {"warnings": "x"}))
+    said = call(capsys, "plot", tmp_path / "law.json", tmp_path / "spec.yaml", "--out", path, code=2)
+    assert "warnings='x'; give a list of texts" in said
 
 
 def test_schedule_writes_an_option_of_the_trainer(fitted, capsys, tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,10 @@ from nexa.cli.main import main
 from nexa.config import compose
 from nexa.model.decoder import parameter_count
 from nexa.scaling.sizes.chinchilla import PUBLISHED
+from nexa.scaling.sizes.ladder import plan
 from nexa.scaling.sizes.repetition import Repeated
+from nexa.scaling.sizes.runs import describe
+from tests.conftest import REPOSITORY
 from tests.scaling.sizes.test_chinchilla import runs
 from tests.scaling.sizes.test_mixing import DOMAINS, SOURCES, TRUTH, mixtures
 
@@ -87,6 +92,26 @@ def test_mixture(tmp_path, capsys):
     assert even["losses"]["news"] < best["losses"]["news"]
 
 
+def test_mixture_for_a_larger_run(tmp_path, capsys):
+    from tests.scaling.sizes.test_nested import TARGET, law_at, table
+
+    shares, scales, losses = table()
+    head = ["parameters", "tokens", *(f"weight/{name}" for name in SOURCES), *(f"loss/{name}" for name in DOMAINS)]
+    columns = [scales["parameters"], scales["tokens"], *shares.T, *losses.T]
+    path, out = write_csv(tmp_path / "m.csv", head, np.stack(columns, 1)), tmp_path / "mixture.json"
+    assert "say with --tokens" in call(capsys, "mixture", "fit", path, "--out", out, code=2)
+    words = [word for name, value in TARGET.items() for word in (f"--{name}", value)]
+    assert "144 runs, 12 mixtures" in call(capsys, "mixture", "fit", path, *words, "--out", out)
+    document = json.loads(out.read_text())
+    assert document["target"] == TARGET
+    assert document["exponents"]["tokens"]["news"] == pytest.approx(0.25, rel=0.05)
+    found = json.loads(call(capsys, "mixture", "best", out))
+    truth = law_at(TARGET["parameters"], TARGET["tokens"])
+    best = truth.best(np.array([0.5, 0.5]), np.zeros(3), np.ones(3))
+    assert list(found["weights"].values()) == pytest.approx(best, abs=0.03)
+    assert list(found["losses"].values()) == pytest.approx(truth.losses(best), rel=0.01)
+
+
 def test_ladder_commands_are_runs(capsys):
     words = ["+exp=pre_130m", "--shares", 0.25, 0.5, "--tokens-per-parameter", 10, 40]
     lines = call(capsys, "ladder", *words).splitlines()
@@ -105,37 +130,86 @@ def test_ladder_commands_are_runs(capsys):
     assert cfg.optim.lr > large.optim.lr  # smaller models like higher rates
 
 
-def write_run(folder, share, ratio, capsys):
-    """A folder like that of a finished run of the ladder, with losses of the law."""
-    from nexa.config import to_yaml
+LADDER = ["ladder", "+exp=quickstart", "--shares", 0.3, 0.5, 0.9, "--tokens-per-parameter", 1, 2]
 
-    line = call(capsys, "ladder", "+exp=quickstart", "--shares", share, "--tokens-per-parameter", ratio).strip()
-    cfg = compose(shlex.split(line)[2:])
-    size = parameter_count(cfg.model, cfg.norm)
-    tokens = cfg.total_steps * cfg.train.global_batch_size * cfg.data.sequence_length
-    folder = folder / cfg.run.name
-    folder.mkdir()
-    (folder / "config.yaml").write_text(to_yaml(cfg))
+
+@pytest.fixture(scope="module")
+def planned():
+    return plan(["+exp=quickstart"], (0.3, 0.5, 0.9), (1, 2), "ladder")
+
+
+def write_runs(folder, planned, key):
+    """Folders like those of the finished runs of a ladder, with losses of the law."""
+    from nexa.config import to_yaml
     from nexa.optim import learning_rate
 
-    rows = [
-        {
-            "step": s,
-            "lr": learning_rate(s - 1, cfg.optim.lr, cfg.total_steps, cfg.schedule),
-            "loss": LAW.loss(size, tokens),
-        }
-        for s in range(1, cfg.total_steps + 1)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    paths = []
+    for rung in planned[1]:
+        cfg, facts = rung.cfg, describe(rung.cfg)
+        paths.append(folder / cfg.run.dir)
+        paths[-1].mkdir(parents=True)
+        (paths[-1] / "config.yaml").write_text(to_yaml(cfg))
+        rates = [learning_rate(s, cfg.optim.lr, cfg.total_steps, cfg.schedule) for s in range(cfg.total_steps)]
+        rows = [{"step": s, "lr": lr, "loss": 9.0} for s, lr in enumerate(rates, start=1)]
+        for row in rows if key == "loss" else rows[-1:]:
+            row[key] = LAW.loss(facts.size, facts.tokens)
+        (paths[-1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
 
 
-def test_run_folders_are_points(tmp_path, capsys):
-    folders = [write_run(tmp_path, share, ratio, capsys) for share in (0.3, 0.5, 0.9) for ratio in (1, 2)]
+def test_run_folders_are_points(planned, tmp_path, capsys):
+    folders = write_runs(tmp_path, planned, "loss")
     call(capsys, "scaling", "fit", *folders, "--tied", "--out", tmp_path / "scaling.json")
     lines = (folders[0] / "metrics.jsonl").read_text().splitlines()
     (folders[0] / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     assert "give runs that have finished" in call(capsys, "scaling", "fit", *folders, "--out", "x", code=2)
+
+
+def test_a_finished_ladder_predicts_the_large_run(planned, tmp_path, capsys, monkeypatch):
+    """With the only validation of each run, its last; and what is said of runs that are not as planned."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nexa.scaling.sizes.ladder.plan", lambda *asked: planned)
+    folders = write_runs(tmp_path, planned, "val/x/loss")
+    out = call(capsys, *LADDER, "--tied", "--run", "--bootstrap", 5, "--loss", "val/x/loss", "--out", "scaling.json")
+    found, facts = json.loads(out), describe(planned[0])
+    assert (found["large"]["parameters"], found["large"]["tokens"]) == (facts.size, facts.tokens)
+    assert found["large"]["loss"] == pytest.approx(LAW.loss(facts.size, facts.tokens), rel=0.02)
+    assert len(found["large"]["interval"]) == 2
+    assert [row["path"] for row in found["runs"]][:2] == ["runs/ladder_0.3_1", "runs/ladder_0.3_2"]
+    assert json.loads((tmp_path / "scaling.json").read_text())["params"] == found["params"]
+    lines = (folders[-1] / "metrics.jsonl").read_text().splitlines()
+    (folders[-1] / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    said = call(capsys, *LADDER, "--out", "scaling.json", code=2)
+    assert "1 of 6 runs have not finished (runs/ladder_0.9_2); train them, or give --run" in said
+    said = call(capsys, *LADDER, "--run", "--launcher", "sh -c 'echo what it said; exit 3'", code=2)
+    assert "train.py ended with code 3 before the last step; see runs/ladder_0.9_2.log" in said
+    assert "what it said" in (tmp_path / "runs" / "ladder_0.9_2.log").read_text()
+    assert "--launcher nowhere" in call(capsys, *LADDER, "--run", "--launcher", "nowhere", code=2)
+    (folders[0] / "config.yaml").write_text((folders[1] / "config.yaml").read_text())
+    assert "other settings than this ladder's" in call(capsys, *LADDER, "--out", "scaling.json", code=2)
+    monkeypatch.setattr("nexa.scaling.sizes.ladder.plan", lambda *asked: (planned[0], planned[1][:2]))
+    assert "2 runs; the law needs 6: give more" in call(capsys, *LADDER, "--out", "scaling.json", code=2)
+
+
+@pytest.mark.slow
+def test_a_ladder_is_trained_fitted_and_predicts(tmp_path, capsys, monkeypatch):
+    """Six runs of seconds and the large one, whose loss is near what they say; nothing is trained twice."""
+    monkeypatch.chdir(tmp_path)
+    large = ["+exp=quickstart", "model.hidden_size=48", "model.intermediate_size=96", "model.num_hidden_layers=2"]
+    large += ["model.num_attention_heads=4", "model.num_key_value_heads=4", "data.sequence_length=64"]
+    large += ["train.steps=60", "schedule.warmup_steps=6", "checkpoint.every=1000", "eval.every=0", "eval.batches=2"]
+    large += ["log.plot=false", "log.sample_tokens=0"]
+    words = ["ladder", *large, "--shares", 0.25, 0.5, 0.75, "--tokens-per-parameter", 0.4, 0.8, "--tied"]
+    found = json.loads(call(capsys, *words, "--run", "--out", "scaling.json"))
+    assert len({row["parameters"] for row in found["runs"]}) == 3
+    logs = {path: path.stat().st_mtime for path in (tmp_path / "runs").glob("*.log")}
+    assert len(logs) == 6
+    assert json.loads(call(capsys, *words, "--run", "--out", "scaling.json")) == found
+    assert {path: path.stat().st_mtime for path in logs} == logs
+    subprocess.run([sys.executable, str(REPOSITORY / "train.py"), *large, "run.name=large"], check=True)
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "large" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row][-6:]
+    assert found["large"]["loss"] == pytest.approx(sum(losses) / 6, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,10 @@ def test_two_steps(name: str, topology: Topology, embedded_cache: Path, tmp_path
     assert check(cfg, world_size=1) == []
     folder = RunFolder(cfg)
     folder.open(cfg, topology)
-    trainer, _ = train_through(*prepared(cfg, 1), topology, folder, build_trainer, StopFlag())
-    StopFlag.release()
+    stop = StopFlag()
+    trainer, _ = train_through(*prepared(cfg, 1), topology, folder, build_trainer, stop)
+    stop.release()
+    folder.close()
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == steps
     assert trainer.state.step == steps

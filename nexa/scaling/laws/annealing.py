@@ -35,7 +35,27 @@ class Areas:
     size: float = 1.0
 
 
-class Annealing(Law):
+class WithMomentum(Law):
+    """A law with S2, whose momentum `lambda` is fixed in one fit."""
+
+    def __init__(self, fixed: Mapping[str, float] | None = None, **options: object) -> None:
+        """`fixed`: {"lambda": momentum}, .999 unless given. Raises UserError when it is not in [0, 1)."""
+        super().__init__({"lambda": LAMBDA} | dict(fixed or {}), **options)
+        if not 0 <= self.fixed["lambda"] < 1:
+            raise UserError(f"law {self.name}: lambda={self.fixed['lambda']!r}; give a number from 0 to below 1")
+
+    def _reach(self, rates: Rates) -> Floats:
+        """Derivative of the final S2 with respect to each rate [total].
+
+        A fall at update j adds (1 - lambda^(total - j)) / (1 - lambda) to the final S2.
+        """
+        total, decay = rates.total, self.fixed["lambda"]
+        left = (1 - decay ** np.arange(total, -1, -1.0)) / (1 - decay)
+        left[: rates.warmup + 1] = 0.0  # falls that do not count
+        return np.asarray(np.diff(left), dtype=np.float64)
+
+
+class Annealing(WithMomentum):
     """L = L0 + A S1^-alpha - C S2; S2 with a momentum `lambda` that is fixed in one fit."""
 
     name = "annealing"
@@ -44,12 +64,6 @@ class Annealing(Law):
     order: ClassVar[tuple[str, ...]] = ("L0", "A", "alpha", "C", "lambda")
     bounds: ClassVar = {"alpha": (1e-3, 10.0)}
     grid: ClassVar = {"alpha": (0.15, 0.25, 0.35, 0.45, 0.55, 0.7, 0.9, 1.2)}
-
-    def __init__(self, fixed: Mapping[str, float] | None = None, **options: object) -> None:
-        """`fixed`: {"lambda": momentum}, .999 unless given. Raises UserError when it is not in [0, 1)."""
-        super().__init__({"lambda": LAMBDA} | dict(fixed or {}), **options)
-        if not 0 <= self.fixed["lambda"] < 1:
-            raise UserError(f"law {self.name}: lambda={self.fixed['lambda']!r}; give a number from 0 to below 1")
 
     def features(self, rates: Rates, index: np.ndarray, size: float | None) -> Areas:
         """S1 and S2 at the rows."""
@@ -64,15 +78,13 @@ class Annealing(Law):
         return np.stack([np.ones_like(forward), forward, -features.annealed], 1), slopes
 
     def final(self, rates: Rates, params: Mapping[str, float], size: float | None = None) -> tuple[float, Floats]:
-        """See `Law.final`. A fall at update j adds (1 - lambda^(total - j)) / (1 - lambda) to the final S2."""
-        total, decay = rates.total, self.fixed["lambda"]
+        """See `Law.final`."""
+        total = rates.total
         value = float(self.predict(rates, np.array([total - 1]), params, size)[0])
-        left = (1 - decay ** np.arange(total, -1, -1.0)) / (1 - decay)
-        left[: rates.warmup + 1] = 0.0  # falls that do not count
         weight = self._weight(params, size)
         sums = area(rates)[total - 1]
         through_area = -params["alpha"] * params["A"] * sums ** (-params["alpha"] - 1)
-        return value, through_area - weight * np.diff(left)
+        return value, through_area - weight * self._reach(rates)
 
     def _weight(self, params: Mapping[str, float], size: float | None) -> float:
         """Of S2 in the loss."""

@@ -17,7 +17,7 @@ Range = tuple[float, float]
 class Law(ABC):
     """loss = basis(shape) @ linear, at chosen steps of a schedule.
 
-    Every law here is a sum of terms, each with a coefficient >= 0 (`linear`), whose form depends on a few more
+    Every law here is a sum of terms, each with a coefficient (`linear`), whose form depends on a few more
     parameters (`shape`). That makes starting points cheap: for any shape the best coefficients are least squares.
     """
 
@@ -38,6 +38,10 @@ class Law(ABC):
     """Values that shape parameters keep unless the curves speak against them; see `prior`."""
     prior: ClassVar[float] = 0.0
     """How strongly, unless a fit says so: this times log(parameter / anchor) is a residual like those of rows."""
+    signed: ClassVar[tuple[str, ...]] = ()
+    """Coefficients that may be negative; the others are at least 0."""
+    continual: ClassVar[bool] = False
+    """Whether it counts what a continual run goes on from."""
     needs_size: ClassVar[bool] = False
     """Whether every curve must say how many parameters the model has."""
     options: ClassVar[Mapping[str, Sequence[Any]]] = {}

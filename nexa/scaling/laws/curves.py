@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from nexa.errors import UserError
+from nexa.scaling.laws import before
 from nexa.scaling.laws.rates import Floats, Rates, from_config, from_spec
 
-KEYS = ("path", "name", "schedule", "parameters", "every", "smooth")
+KEYS = ("path", "name", "schedule", "parameters", "every", "smooth", "pretraining", "replay")
 COLUMNS = ("step", "lr", "loss")
 HOLE = 20
 """A distance between rows of more than this many usual ones is worth a word."""
@@ -112,7 +113,7 @@ def _from_entry(entry: Any, spec: Path, where: str) -> Curve:
         raise UserError(f"{where}: needs path (a CSV), or name when it is only to be predicted")
     if "path" in entry:
         where = str(entry["path"])
-    rates = from_spec(entry.get("schedule"), where)
+    rates = before.of_spec(from_spec(entry.get("schedule"), where), entry, where)
     size = _positive(entry, "parameters", where)
     if "path" not in entry:
         return _ahead(entry, rates, size, where)
@@ -196,9 +197,16 @@ def from_run(folder: Path, loss_key: str = "loss") -> Curve:
     """
     from nexa.config.files import load as load_config
 
-    path = folder / "metrics.jsonl"
     cfg = load_config(folder)
-    rates = from_config(cfg)
+    rates, notes = before.of_run(from_config(cfg), cfg, folder)
+    curve = checked(str(folder), f"{folder.resolve().name}.csv", rates, columns_of_run(folder, loss_key), offset=1)
+    curve.notes.extend(notes)
+    return curve
+
+
+def columns_of_run(folder: Path, loss_key: str) -> dict[str, list[float]]:
+    """Columns step, lr and loss of the rows of metrics.jsonl that have `loss_key`. Raises UserError."""
+    path = folder / "metrics.jsonl"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -217,11 +225,7 @@ def from_run(folder: Path, loss_key: str = "loss") -> Curve:
         raise UserError(
             f"{path}: no row has {loss_key!r}; give a key of its rows with --loss, or a run that has trained"
         )
-    name = folder.resolve().name
-    curve = checked(str(folder), f"{name}.csv", rates, columns, offset=1)
-    if cfg.resume.path:
-        curve.notes.append(f"{folder}: goes on from {cfg.resume.path}, whose rates no law here takes into account")
-    return curve
+    return columns
 
 
 def checked(

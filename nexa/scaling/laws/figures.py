@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "svg.fonttype": "none",
     "svg.hashsalt": "nexa law",
+    "text.parse_math": False,  # a $ in the name of a curve is one
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -35,7 +38,26 @@ def draw(path: str | Path, fitted: Fitted, curves: Sequence[Curve]) -> None:
     """
     path = Path(path)
     if path.suffix not in FORMATS:
-        raise UserError(f"{path}: figures are {', '.join(FORMATS)}")
+        raise UserError(f"{path}: figures are {', '.join(FORMATS)}; pages .html")
+    with _figure(fitted, curves) as figure:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def svg(fitted: Fitted, curves: Sequence[Curve]) -> str:
+    """The same figure as the text of an SVG file."""
+    drawn = io.StringIO()
+    with _figure(fitted, curves) as figure:
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()
+
+
+@contextmanager
+def _figure(fitted: Fitted, curves: Sequence[Curve]) -> Iterator[Any]:
+    """The drawn figure, while its style holds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,10 +77,7 @@ def draw(path: str | Path, fitted: Fitted, curves: Sequence[Curve]) -> None:
         panels[1].legend(frameon=False, ncols=2)
         panels[1].set_title(_title(fitted), fontsize=8)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+            yield figure
         finally:
             plt.close(figure)
 

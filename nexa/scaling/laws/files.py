@@ -16,7 +16,7 @@ from nexa.errors import UserError
 from nexa.scaling.laws import LAWS
 from nexa.scaling.laws.base import Law
 from nexa.scaling.laws.curves import Curve
-from nexa.scaling.laws.fit import DELTA, INTERVAL, Fit, score
+from nexa.scaling.laws.fit import DELTA, INTERVAL, Fit, intervals, score
 from nexa.scaling.laws.limits import Seen, seen
 from nexa.scaling.laws.rates import Floats
 
@@ -31,6 +31,12 @@ class Fitted:
     """Of the curves it was fitted on; None in a file that does not say."""
     samples: list[list[float]] = field(default_factory=list)
     """Bootstrap replicates of the parameters, in the order of `params`."""
+    warnings: list[str] = field(default_factory=list)
+    """Of the fit."""
+
+    def intervals(self) -> dict[str, list[float]]:
+        """95 % interval of each parameter; {} without bootstrap."""
+        return intervals(self.params, self.samples)
 
     def predict(self, curve: Curve) -> Floats:
         """The loss at every row [n]; not finite where the law has none. Raises UserError without a size it needs."""
@@ -54,7 +60,7 @@ class Fitted:
 
 def of_fit(fit: Fit, curves: Sequence[Curve]) -> Fitted:
     """What `fit` on `curves` found."""
-    return Fitted(fit.law, fit.params, seen([curve.rates for curve in curves]), fit.samples)
+    return Fitted(fit.law, fit.params, seen([curve.rates for curve in curves]), fit.samples, fit.warnings)
 
 
 def document(fit: Fit, curves: Sequence[Curve]) -> dict[str, Any]:
@@ -136,7 +142,11 @@ def read(path: str | Path) -> Fitted:
     if not isinstance(options, dict):
         raise UserError(f"{path}: options={options!r}; give a mapping or leave it out")
     ordered = {key: float(params[key]) for key in law.order}
-    return Fitted(law(fixed, **options), ordered, _seen(content, path), _samples(content, len(ordered), path))
+    warnings = content.get("warnings") or []
+    if not isinstance(warnings, list) or not all(isinstance(text, str) for text in warnings):
+        raise UserError(f"{path}: warnings={warnings!r}; give a list of texts or leave it out")
+    samples = _samples(content, len(ordered), path)
+    return Fitted(law(fixed, **options), ordered, _seen(content, path), samples, warnings)
 
 
 def _is_number(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from scipy.optimize import least_squares, minimize, nnls
 from nexa.errors import UserError
 from nexa.scaling.laws.base import Law
 from nexa.scaling.laws.curves import Curve
+from nexa.scaling.laws.limits import overlooked
 from nexa.scaling.laws.rates import Floats, distinct
 
 DELTA = 1e-3
@@ -47,10 +48,15 @@ class Fit:
 
     def intervals(self) -> dict[str, list[float]]:
         """95 % interval of each parameter; {} without bootstrap."""
-        if not self.samples:
-            return {}
-        low, high = np.percentile(np.array(self.samples), INTERVAL, axis=0)
-        return {name: [float(low[i]), float(high[i])] for i, name in enumerate(self.params)}
+        return intervals(self.params, self.samples)
+
+
+def intervals(names: Iterable[str], samples: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """95 % interval of each parameter from replicates, which have them in this order; {} without any."""
+    if not samples:
+        return {}
+    low, high = np.percentile(np.array(samples), INTERVAL, axis=0)
+    return {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)}
 
 
 class Problem:
@@ -68,9 +74,11 @@ class Problem:
         self.lengths = [len(r) for r in rows]
         self.logs = np.log(np.concatenate([c.loss[r] for c, r in zip(curves, rows, strict=True)]))
         lowest = float(np.exp(self.logs.min()))
-        self.low = np.array([0.0] * len(law.linear) + [law.bounds[name][0] for name in law.shape])
+        floors = [-np.inf if name in law.signed else 0.0 for name in law.linear]
+        self.low = np.array(floors + [law.bounds[name][0] for name in law.shape])
+        self.signed = np.flatnonzero(np.isinf(floors))
         self.high = np.array([np.inf] * len(law.linear) + [law.bounds[name][1] for name in law.shape])
-        self.high[0] = lowest
+        self.high[0] = np.inf if law.signed else lowest  # what may be negative may take the loss below L0
         names = list(law.anchor) if prior > 0 else []
         self.prior, self.anchored = prior, np.array([law.fitted.index(name) for name in names], dtype=np.int64)
         self.anchors = np.array([law.anchor[name] for name in names])
@@ -103,10 +111,15 @@ class Problem:
         return float(_huber(residuals).sum()), np.clip(residuals, -DELTA, DELTA) @ slopes
 
     def start(self, shape: Floats) -> tuple[float, Floats]:
-        """Objective and all parameters for a shape: least squares of relative residuals over coefficients >= 0."""
+        """Objective and all parameters for a shape: least squares of relative residuals over coefficients >= 0.
+
+        A coefficient with any sign is the difference of two.
+        """
         terms = np.concatenate([self.law.basis(f, shape)[0] for f in self.features])
         scaled = terms / np.exp(self.logs)[:, None]
-        coefficients = nnls(scaled, np.ones(len(scaled)))[0]
+        coefficients = nnls(np.hstack([scaled, -scaled[:, self.signed]]), np.ones(len(scaled)))[0]
+        coefficients, negative = np.split(coefficients, [terms.shape[1]])
+        coefficients[self.signed] -= negative
         theta = np.clip(np.concatenate([coefficients, shape]), self.low, self.high)
         residuals = np.log(np.maximum(terms @ theta[: len(coefficients)], 1e-3)) - self.logs
         return float(_huber(np.concatenate([residuals, self._pulls(theta)])).sum()), theta
@@ -174,7 +187,7 @@ def solve(problem: Problem, starts: int | None = None) -> tuple[Floats, float]:
 
 def _descend(problem: Problem, start: Floats) -> tuple[Floats, float]:
     """L-BFGS-B in units of the start, then `_polish`."""
-    unit = np.where(start > 0, start, 1.0)
+    unit = np.where(start != 0, np.abs(start), 1.0)
     bounds = list(zip(problem.low / unit, problem.high / unit, strict=True))
 
     def scaled(at: Floats) -> tuple[float, Floats]:
@@ -231,6 +244,7 @@ def _diagnosis(
 ) -> tuple[float, list[str]]:
     """Condition number at the fit, and warnings about what the curves cannot tell."""
     names, warnings = problem.law.fitted, [note for curve in curves for note in curve.notes]
+    warnings += [f"{curve.path}: {text}" for curve in curves for text in overlooked(problem.law, curve.rates)]
     jacobian = problem.slopes(theta)[1][: len(problem.logs)] * theta
     lengths = np.linalg.norm(jacobian, axis=0)
     values = np.linalg.svd(jacobian, compute_uv=False)

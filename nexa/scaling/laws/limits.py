@@ -16,6 +16,8 @@ PADDING = 0.01
 """Share of a run that may pass with such a rate: the end of a decay to 0, not a pause."""
 HIGHER, REFUSED_HIGHER = 1.02, 1.5
 """Peak over the largest seen from which it is worth a word, and from which it is refused."""
+SMALLER = 0.75
+"""Peak over the largest seen below which it is worth a word: at half of it published runs are off by .02 to .19."""
 LONGER, LOWER = 4.0, 0.5
 
 
@@ -71,6 +73,10 @@ def remarks(range_: Seen | None, rates: Rates) -> list[str]:
     found = []
     if HIGHER * range_.peak_lr < rates.peak <= REFUSED_HIGHER * range_.peak_lr:
         found.append(f"peak rate {rates.peak:g} above the largest fitted ({range_.peak_lr:g}): expect too low a loss")
+    if rates.peak < SMALLER * range_.peak_lr:
+        found.append(
+            f"peak rate {rates.peak:g}, fitted up to {range_.peak_lr:g}: no law carries over from peak to peak"
+        )
     if rates.lowest < LOWER * range_.lowest_lr:
         found.append(f"rates down to {rates.lowest:g}, fitted down to {range_.lowest_lr:g}: the end is extrapolated")
     if rates.total > LONGER * range_.steps:
@@ -80,3 +86,12 @@ def remarks(range_: Seen | None, rates: Rates) -> list[str]:
             "the rate rises again after warm-up, which no fitted curve does: the law takes a rise for a fall undone"
         )
     return found
+
+
+def overlooked(law: Law, rates: Rates) -> list[str]:
+    """What the law leaves out of account of what a run goes on from."""
+    if rates.before is None or law.continual:
+        return []
+    return [
+        f"goes on from a run of {rates.before.total} steps, which law {law.name} does not count; law continual does"
+    ]

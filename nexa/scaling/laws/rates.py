@@ -37,11 +37,19 @@ class Rates:
     warmup: int
     schedule: Mapping[str, Any] = field(default_factory=dict)
     """As it was given; {} when it comes from a run's configuration."""
+    before: Rates | None = None
+    """Of the pre-training that a continual run goes on from, up to where it does."""
+    replay: float = 0.0
+    """Share of a continual run's data that is the old one; 1 where the data stays the same."""
 
     @property
     def total(self) -> int:
         """Updates of the run."""
         return len(self.values) - 1
+
+    def until(self, updates: int) -> Rates:
+        """The first so many updates."""
+        return dataclasses.replace(self, values=self.values[: updates + 1])
 
     @property
     def peak(self) -> float:
@@ -175,5 +183,13 @@ def distinct(many: Sequence[Rates], share: float = 0.01) -> int:
 
 
 def _same(one: Rates, other: Rates, share: float) -> bool:
+    if (one.before is None) != (other.before is None) or one.replay != other.replay:
+        return False
+    if (
+        one.before
+        and other.before
+        and (one.before.total != other.before.total or not _same(one.before, other.before, share))
+    ):
+        return False
     length = min(one.total, other.total)
     return bool(np.abs(one.values[:length] - other.values[:length]).max() <= share * max(one.peak, other.peak))

@@ -92,6 +92,11 @@ class Fit:
         return [float(value) for value in np.percentile(values, INTERVAL)]
 
 
+def fewest(tied: bool) -> int:
+    """How many runs a fit needs."""
+    return 5 if tied else 6
+
+
 def fit(
     parameters: Floats, tokens: Floats, loss: Floats, *, tied: bool = False, bootstrap: int = 0, seed: int = 0
 ) -> Fit:
@@ -103,9 +108,9 @@ def fit(
     Raises:
         UserError: fewer runs than parameters, or all of one size or of one length.
     """
-    free = 4 if tied else 5
-    if len(loss) <= free:
-        raise UserError(f"{len(loss)} runs for {free} parameters of the law; give at least {free + 1}")
+    least = fewest(tied)
+    if len(loss) < least:
+        raise UserError(f"{len(loss)} runs for {least - 1} parameters of the law; give at least {least}")
     for name, values in (("parameters", parameters), ("tokens", tokens)):
         if len(np.unique(values)) < 2:
             raise UserError(f"all runs have {name}={values[0]:g}; the law needs runs with different {name}")

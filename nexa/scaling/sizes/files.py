@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from nexa.errors import UserError
 from nexa.scaling.sizes.chinchilla import PUBLISHED, Chinchilla, Fit, Floats
 from nexa.scaling.sizes.mixing import MixingLaw
+from nexa.scaling.sizes.nested import LEVELS
 
 PARAMS = ("E", "A", "B", "alpha", "beta")
 WEIGHT, LOSS = "weight/", "loss/"
@@ -61,10 +63,25 @@ def numbers(table: Mapping[str, Sequence[str]], name: str, path: str | Path, *, 
     return np.array(found)
 
 
-def mixtures(path: str | Path) -> tuple[list[str], list[str], Floats, Floats]:
-    """Sources, domains, shares [runs, sources] and losses [runs, domains] of a table of mixtures.
+@dataclass(frozen=True)
+class Mixtures:
+    """A table of runs of mixtures."""
 
-    Columns are `weight/<source>` and `loss/<domain>`; weights of a run are scaled to sum to 1. Raises UserError.
+    sources: list[str]
+    domains: list[str]
+    shares: Floats
+    """[runs, sources]"""
+    losses: Floats
+    """[runs, domains]"""
+    scales: dict[str, Floats]
+    """Columns parameters and tokens [runs], those that there are."""
+
+
+def mixtures(path: str | Path) -> Mixtures:
+    """A table of mixtures.
+
+    Columns are `weight/<source>`, `loss/<domain>` and perhaps `parameters` and `tokens`; weights of a run are scaled to
+    sum to 1. Raises UserError.
     """
     table = read_table(path)
     sources = [name.removeprefix(WEIGHT) for name in table if name.startswith(WEIGHT)]
@@ -78,7 +95,8 @@ def mixtures(path: str | Path) -> tuple[list[str], list[str], Floats, Floats]:
     if len(empty):
         raise UserError(f"{path} run {empty[0] + 1}: all weights are 0")
     losses = np.stack([numbers(table, LOSS + name, path) for name in domains], 1)
-    return sources, domains, weights / weights.sum(1, keepdims=True), losses
+    scales = {name: numbers(table, name, path) for name in LEVELS if name in table}
+    return Mixtures(sources, domains, weights / weights.sum(1, keepdims=True), losses, scales)
 
 
 def scaling_document(fit: Fit, runs: int, largest: tuple[float, float]) -> dict[str, Any]:
@@ -136,8 +154,13 @@ def _positive(row: Any, length: int) -> bool:
     )
 
 
-def mixing_document(law: MixingLaw, runs: int, error: Floats) -> dict[str, Any]:
-    """What mixture.json holds; `error`: mean |r| of each domain on the runs of the fit."""
+def mixing_document(
+    law: MixingLaw, runs: int, error: Floats, target: Mapping[str, float], exponents: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """What mixture.json holds; `error`: mean |r| of each domain on what was fitted.
+
+    `target`, `exponents`: of the laws of steps and sizes, when losses were taken to a target first.
+    """
     return {
         "law": "mixture",
         "sources": law.sources,
@@ -146,6 +169,8 @@ def mixing_document(law: MixingLaw, runs: int, error: Floats) -> dict[str, Any]:
         "seen": {"low": law.low.tolist(), "high": law.high.tolist()},
         "runs": runs,
         "mae": dict(zip(law.domains, map(float, error), strict=True)),
+        "target": dict(target),
+        "exponents": {level: dict(zip(law.domains, of, strict=True)) for level, of in exponents.items()},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from nexa.config import check, compose
 from nexa.config.schema import Config, ModelConfig
@@ -32,10 +33,18 @@ def smaller(model: ModelConfig, share: float) -> ModelConfig:
     )
 
 
-def rungs(
+@dataclass(frozen=True)
+class Rung:
+    """A run of the ladder: its overrides and what they make."""
+
+    words: list[str]
+    cfg: Config
+
+
+def plan(
     overrides: Sequence[str], shares: Sequence[float], tokens_per_parameter: Sequence[float], name: str
-) -> list[list[str]]:
-    """Overrides of every run of the ladder.
+) -> tuple[Config, list[Rung]]:
+    """The large run, and every run of its ladder.
 
     Rate and batch follow the exponents of Step Law from those of the large run, the warm-up its share of the steps.
 
@@ -59,10 +68,11 @@ def rungs(
     for share in shares:
         for ratio in tokens_per_parameter:
             words = [*overrides, *_changes(base, share, ratio, f"{name}_{share:g}_{ratio:g}")]
-            if problems := check(compose(words)):
+            cfg = compose(words)
+            if problems := check(cfg):
                 raise ConfigError(problems)
-            found.append(words)
-    return found
+            found.append(Rung(words, cfg))
+    return base, found
 
 
 def _changes(base: Config, share: float, ratio: float, name: str) -> list[str]:

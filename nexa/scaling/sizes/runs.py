@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,16 +52,16 @@ def from_run(folder: Path, loss_key: str) -> Point:
     A validation loss counts by itself, the last one; training losses are averaged over the last `LAST` of the updates.
     """
     from nexa.config.files import load as load_config
-    from nexa.scaling.laws.curves import from_run as read_curve
+    from nexa.scaling.laws.curves import columns_of_run
 
-    cfg, curve = load_config(folder), read_curve(folder, loss_key)
-    total = curve.rates.total
-    if curve.index[-1] + 1 < total:
-        raise UserError(f"{folder}: ends at step {curve.index[-1] + 1} of {total}; give runs that have finished")
-    last = curve.index >= total - max(1, round(LAST * total)) if loss_key == "loss" else curve.index == total - 1
+    cfg, columns = load_config(folder), columns_of_run(folder, loss_key)
+    step, loss, total = np.array(columns["step"]), np.array(columns["loss"]), cfg.total_steps
+    if step[-1] < total:
+        raise UserError(f"{folder}: ends at step {step[-1]:g} of {total}; give runs that have finished")
+    last = step > total - (max(1, round(LAST * total)) if loss_key == "loss" else 1)
     facts = describe(cfg)
     size = average_parameters(cfg) if cfg.growth.stages else facts.size
-    return Point(str(folder), size, facts.tokens, float(np.mean(curve.loss[last])))
+    return Point(str(folder), size, facts.tokens, float(np.mean(loss[last])))
 
 
 def average_parameters(cfg: Config) -> float:
@@ -92,3 +93,15 @@ def describe(cfg: Config) -> Run:
         decay=cfg.optim.weight_decay,
         width=float(model.hidden_size),
     )
+
+
+def steps_done(folder: Path) -> int:
+    """The last step in metrics.jsonl; 0 without any."""
+    path = folder / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    return max((int(row["step"]) for row in rows if isinstance(row, dict) and "step" in row), default=0)

@@ -17,6 +17,7 @@ PARAMS = {
     "annealing_size": ANNEALING | {"gamma": 0.2, "B": 3.0, "beta": 0.3},
     "forward_momentum": {"L0": 3.1, "A": 0.5, "alpha": 0.5, "C": 0.2},
 }
+"""The laws of continual pre-training have a file of their own."""
 
 
 def law_of(name):
@@ -86,7 +87,7 @@ def test_size_moves_the_floor_and_the_annealing():
     assert law.predict(schedule, index, p, 70e6)[0] == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", PARAMS)
 def test_slopes_are_those_of_the_value(name):
     law, schedule, index = law_of(name), rates("drop"), np.arange(500, 6000, 250)
     features, theta = law.features(schedule, index, 70e6), law.vector(PARAMS[name])

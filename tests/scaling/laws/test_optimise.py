@@ -101,6 +101,7 @@ def test_a_larger_peak_is_refused_or_remarked():
 
 def test_what_goes_beyond_the_fit_is_said():
     range_ = seen([rates("cosine"), rates("constant")])
+    assert "carries over from peak to peak" in remarks(range_, rates("constant", peak_lr=0.5 * PEAK))[0]
     assert remarks(range_, rates("wsd")) == []
     assert "the end is extrapolated" in remarks(range_, rates("to_zero"))[0]
     assert "fitted on 6000 at most" in remarks(range_, rates("constant", total=60000))[0]
