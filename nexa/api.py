@@ -15,6 +15,9 @@ from nexa.errors import ConfigError, UserError
 from nexa.interop.huggingface import from_config_json
 from nexa.model.decoder import Decoder, load_state
 from nexa.model.init import initialise
+from nexa.optim.widths import Width, scale_initial
+
+_OF_A_MODEL = ("model.", "norm.", "optim.width_rule", "optim.base_hidden_size")
 
 
 def build_model(overrides: list[str]) -> Decoder:
@@ -25,11 +28,12 @@ def build_model(overrides: list[str]) -> Decoder:
     """
     config = compose(overrides)
     # only what makes a model is judged: a run's length, batch and data may be left open here
-    problems = [problem for problem in check(config) if problem.startswith(("model.", "norm."))]
+    problems = [problem for problem in check(config) if problem.startswith(_OF_A_MODEL)]
     if problems:
         raise ConfigError(problems)
     model = Decoder(config.model, config.norm, config.train.loss_chunk_tokens)
     initialise(model, config.model, config.norm, config.train.seed)
+    scale_initial(model, Width.of(config), config.model, config.norm)
     return model
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": "nexa.cli.doctor",
     "norms": "nexa.cli.norms",
     "plan": "nexa.cli.plan",
+    "widths": "nexa.cli.widths",
     "law": "nexa.cli.law",
     "score": "nexa.cli.score",
     "generate": "nexa.cli.generate",

@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(problems)
     found = report(cfg, arguments)
     if arguments.suggest:
-        found["suggestions"] = suggestions(cfg, arguments.proxy_width)
+        found["suggestions"] = suggestions(_growth(cfg)[0], arguments.proxy_width)
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(_lines(found)))
     return EXIT_DOES_NOT_FIT if found["memory"]["fits"] is False else 0
 
@@ -239,10 +239,13 @@ def _growth(cfg: Config) -> tuple[Config, dict[str, Any] | None]:
 
 
 def suggestions(cfg: Config, proxy_width: float | None) -> list[dict[str, Any]]:
-    """What published laws say of the run's hyper-parameters, one row for each law."""
+    """What published laws say of the hyper-parameters of a run of this size, one row for each law."""
     from nexa.scaling.hyper import suggest
     from nexa.scaling.sizes.runs import describe
 
+    for stage in cfg.growth.stages:  # the rate after the last growth
+        if stage.lr is not None:
+            cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=stage.lr))
     return [dataclasses.asdict(each) for each in suggest(describe(cfg), proxy_width)]
 
 
@@ -342,14 +345,20 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from _time_lines(found["time"], gpu)
     yield from _advice(found)
-    yield from _suggestion_lines(found.get("suggestions", []))
+    yield from _suggestion_lines(found.get("suggestions", []), found["growth"])
 
 
-def _suggestion_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+def _suggestion_lines(rows: list[dict[str, Any]], growth: dict[str, Any] | None) -> Iterator[str]:
     from nexa.scaling.hyper import WORDS, amount
 
     if rows:
         yield f"\n{'published laws':<25} {'here':<9} law"
+    if rows and growth is not None:
+        last = growth["sizes"][-1]
+        yield (
+            f"  of the last size, {last['parameters'] / 1e6:,.1f}M parameters, as if it were trained on all tokens: "
+            "no law knows growth"
+        )
     for row in rows:
         ranges = [f"{amount(low)} to {amount(high)} {WORDS[name]}" for name, (low, high) in row["ranges"].items()]
         unit = f" {row['unit']}" if row["unit"] else ""

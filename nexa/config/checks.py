@@ -15,6 +15,7 @@ from nexa.config.fields import shorten
 from nexa.config.growth_checks import GROWTH_CHECKS
 from nexa.config.limits import outside, value_of
 from nexa.config.norm_checks import NORM_CHECKS
+from nexa.config.optim_checks import OPTIM_CHECKS
 from nexa.config.rules import Check, multiples, reads
 from nexa.config.schema import Config
 
@@ -374,10 +375,7 @@ def _predicted(cfg: Config, world_size: int | None) -> Iterator[str]:
 # Optimizer, checkpoints, run --------------------------------------------------------------------
 
 
-@_reads("optim.betas")
-def _two_betas(cfg: Config, world_size: int | None) -> Iterator[str]:
-    if len(cfg.optim.betas) != 2:
-        yield f"optim.betas={cfg.optim.betas}: must be two numbers, for example [0.9, 0.95]"
+CHECKS += OPTIM_CHECKS
 
 
 @_reads("resume.mode", "resume.path", "resume.reset_optimizer")

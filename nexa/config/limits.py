@@ -80,8 +80,10 @@ LIMITS: dict[str, Limit] = {
     "reweight.warmup_steps": _NONNEGATIVE,
     "optim.lr": _POSITIVE,
     "optim.betas": Limit(0, 1, open_high=True),
+    "optim.beta2_half_life_tokens": _POSITIVE,
     "optim.eps": _POSITIVE,
     "optim.weight_decay": _NONNEGATIVE,
+    "optim.base_hidden_size": _COUNT,
     "schedule.warmup_steps": _NONNEGATIVE,
     "schedule.min_lr_ratio": _SHARE,
     "schedule.decay_fraction": _SHARE,
@@ -103,6 +105,7 @@ LIMITS: dict[str, Limit] = {
     "log.every": _NONNEGATIVE,
     "log.norms_every": _NONNEGATIVE,
     "log.predict_every": _NONNEGATIVE,
+    "log.gradient_noise": _NONNEGATIVE,
     "log.sample_tokens": _NONNEGATIVE,
 }
 """Every numeric key; null passes. A list's limit holds for each of its numbers."""

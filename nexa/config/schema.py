@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nexa.config.growth import GrowthConfig
+from nexa.config.optim import OptimConfig
 
 Placement = Literal[
     "pre",
@@ -283,27 +284,6 @@ class ReweightConfig:
 
 
 @dataclass
-class OptimConfig:
-    """The optimizer."""
-
-    name: Literal["adamw"] = "adamw"
-    """Update rule."""
-    lr: float = 3e-4
-    """Peak learning rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay of the first and second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled decay of the matrices and an untied head; norms, scalars and the embedding have none unless asked.
-    The two matrices of a GatedNorm are matrices."""
-    decay_embeddings: bool = False
-    """Decay the embedding, and so a tied head, too."""
-    decay_norms: bool = False
-    """Decay norm gains and other vectors too, among them the alpha and beta of SeeDNorm, which its paper decays."""
-
-
-@dataclass
 class ScheduleConfig:
     """Learning rate over steps: a pure function of the step."""
 
@@ -432,6 +412,8 @@ class LogConfig:
     """Steps between predictions of the final loss from the curve so far (docs/laws.md); 0 is off."""
     predict_loss: str = "loss"
     """Key of metrics.jsonl that is predicted, such as val/<source>/loss, which needs eval.every."""
+    gradient_noise: int = 0
+    """Rows (of log.every) between measurements of the gradient noise scale (docs/sizes.md); 0 is off."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; online falls back to offline when there is no key or network."""
     wandb_project: str = "nexa"

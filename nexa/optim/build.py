@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from nexa.config.schema import Config
 from nexa.model.init import bias_role, role_of
+from nexa.optim.moments import betas_of
+from nexa.optim.widths import NO_RULE, Width
 
 
 def decays(name: str, *, decay_embeddings: bool = False, decay_norms: bool = False) -> bool:
@@ -35,6 +38,31 @@ def _adamw(groups: list[dict[str, Any]], lr: float, betas: list[float], eps: flo
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": _adamw}
 
 
+def settings(cfg: Config) -> dict[str, Any]:
+    """The arguments of `build`, but for the parameters, that a valid configuration asks for with its model's size."""
+    optim = cfg.optim
+    return {
+        "name": optim.name,
+        "lr": optim.lr,
+        "betas": list(betas_of(cfg)),
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+        "decay_embeddings": optim.decay_embeddings,
+        "decay_norms": optim.decay_norms,
+        "width": Width.of(cfg),
+    }
+
+
+def group_of(
+    name: str, *, decay_embeddings: bool = False, decay_norms: bool = False, width: Width = NO_RULE
+) -> tuple[bool, float, float]:
+    """(whether it has no decay, factor on the rate, factor on the decay): equal for what shares a group, and in the
+    groups' order. Without a rule of width there are two groups."""
+    if not decays(name, decay_embeddings=decay_embeddings, decay_norms=decay_norms):
+        return True, width.lr(name), 0.0
+    return False, width.lr(name), width.decay(name)
+
+
 def build(
     name: str,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
@@ -43,19 +71,42 @@ def build(
     weight_decay: float = 0.0,
     decay_embeddings: bool = False,
     decay_norms: bool = False,
+    width: Width = NO_RULE,
     **hp: Any,
 ) -> torch.optim.Optimizer:
-    """Optimizer `name` over (checkpoint name, parameter) pairs, in at most two groups.
+    """Optimizer `name` over (checkpoint name, parameter) pairs, every parameter in one group.
 
-    Each group carries `names`, the checkpoint names of its parameters. `hp`: the method's own keys of
-    config group `optim`. KeyError for an unknown method.
+    Each group carries `names`, the checkpoint names of its parameters, and `lr_factor`, by which whoever sets the rate
+    of a step multiplies it (`set_rate`). `hp`: the method's own keys of config group `optim`. KeyError for an unknown
+    method.
     """
-    groups: dict[bool, dict[str, Any]] = {
-        True: {"params": [], "names": [], "weight_decay": weight_decay},
-        False: {"params": [], "names": [], "weight_decay": 0.0},
-    }
+    groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
     for key, parameter in named_parameters:
-        group = groups[decays(key, decay_embeddings=decay_embeddings, decay_norms=decay_norms)]
+        found = group_of(key, decay_embeddings=decay_embeddings, decay_norms=decay_norms, width=width)
+        _, rate, decay = found
+        fresh = {
+            "params": [],
+            "names": [],
+            "lr": lr * rate,
+            "lr_factor": rate,
+            "weight_decay": weight_decay * decay,
+        }
+        group = groups.setdefault(found, fresh)
         group["params"].append(parameter)
         group["names"].append(key)
-    return OPTIMIZERS[name]([g for g in groups.values() if g["params"]], lr=lr, **hp)
+    return OPTIMIZERS[name]([groups[key] for key in sorted(groups)], lr=lr, **hp)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Make `lr` the rate of the next update, of each group times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+def described(optimizer: torch.optim.Optimizer) -> list[str]:
+    """A line for each group: number of parameters, factor on the rate, decay."""
+    return [
+        f"{len(group['names'])} tensors such as {group['names'][0]}: rate x {group['lr_factor']:.4g}, "
+        f"weight decay {group['weight_decay']:.4g}"
+        for group in optimizer.param_groups
+    ]

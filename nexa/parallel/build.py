@@ -14,6 +14,7 @@ from nexa.model.decoder import Decoder
 from nexa.model.init import draw
 from nexa.model.layers import Layers, Tokens, unchanged
 from nexa.model.precision import DTYPES
+from nexa.optim.widths import Width
 from nexa.parallel import collectives
 from nexa.parallel.topology import Topology
 from nexa.sharding import shard_of
@@ -60,18 +61,23 @@ def build_decoder(
     """
     decoder = Decoder(cfg.model, cfg.norm, cfg.train.loss_chunk_tokens, layers_for(cfg, topology))
     dtype, made = DTYPES[cfg.train.precision], dict[int, nn.Parameter]()
+    width = Width.of(cfg)
     for name, module, key, parameter in _parameters(decoder):
         if id(parameter) in made:  # a tied head
             setattr(module, key, made[id(parameter)])
             continue
-        values = draw(name, shard_of(parameter).shape, cfg.model, cfg.norm, cfg.train.seed) if initial else None
+        shape = shard_of(parameter).shape
+        values = draw(name, shape, cfg.model, cfg.norm, cfg.train.seed) if initial else None
+        factor = width.initial(name, shape, cfg.model, cfg.norm)
         if parameter.is_meta:
+            if values is not None and factor != 1.0:
+                values *= factor
             placed = _placed(parameter, values, topology.device, dtype)
             made[id(parameter)] = kept = keep(placed)
             setattr(module, key, kept)
         else:
             whole = parameter.data if values is None else shard_of(parameter).take(values)
-            parameter.data = whole.to(topology.device, dtype)
+            parameter.data = (whole if factor == 1.0 else whole * factor).to(topology.device, dtype)
     for buffer in decoder.buffers():
         buffer.data = buffer.data.to(topology.device)  # in place: it keeps its mark
     _sum_partial_gradients(decoder, cfg, topology)

@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from nexa.hardware import keep_freed_memory, return_freed_memory
 from nexa.model.block import Block
 from nexa.model.decoder import Decoder
 from nexa.model.statistics import tensors_of
-from nexa.optim import build
+from nexa.optim.build import build, described, set_rate, settings
 from nexa.parallel import private
 from nexa.parallel.build import build_decoder
 from nexa.parallel.deepspeed_config import deepspeed_config, effective_stage
+from nexa.parallel.noise import MicroBatchProbe
 from nexa.parallel.norms import NormProbe, ParameterNorms
 from nexa.parallel.topology import Topology
 from nexa.sharding import shard_of
@@ -46,6 +47,8 @@ class StepResult:
     grad_norm: Tensor | float
     skipped: bool
     norms: dict[str, ParameterNorms] | None = None
+    micro_squares: Tensor | None = None
+    """Of a watched step (`Engine.watch_micro_batches`), what `MicroBatchProbe.finish` says."""
 
 
 def _import_deepspeed(device_type: str) -> Any:
@@ -79,8 +82,10 @@ class Engine:
         if cfg.train.compile:
             model.compile_parts()
         model.model.recompute = cfg.train.activation_checkpointing
-        options = asdict(cfg.optim)
-        optimizer = build(options.pop("name"), model.named_parameters(), **options)
+        optimizer = build(named_parameters=model.named_parameters(), **settings(cfg))
+        if cfg.optim.width_rule != "none" and topology.is_main:
+            for line in described(optimizer):
+                logger.info("%s: %s", cfg.optim.width_rule, line)
         self._engine, *_ = self.prepare(topology).initialize(
             model=model,
             optimizer=optimizer,
@@ -92,6 +97,7 @@ class Engine:
         if self.stage == 3 and cfg.train.activation_checkpointing == "selective":
             private.hide_gathers(self._engine)
         self._check_layout()
+        self._watched: MicroBatchProbe | None = None
         if self.device.type == "cpu":
             # not before: kept memory between a model's parts would grow to a second model
             keep_freed_memory()
@@ -161,11 +167,20 @@ class Engine:
             self._engine.step()
         return rows
 
+    def watch_micro_batches(self) -> None:
+        """Before the first micro-batch of a step: let its result say how large the gradients of each of them are."""
+        self._watched = MicroBatchProbe(self._engine, self.topology)
+
     def step(self, lr: float, measure: bool = False) -> StepResult:
         """Clip and update with learning rate `lr`; with `measure` also take every parameter's norms (collective).
 
         Raises NonFiniteGradient before any weight is touched (fp16 overflow is a skipped step instead).
         """
+        squares = None if self._watched is None else self._watched.finish()
+        self._watched = None
+        return replace(self._measured_step(lr, measure), micro_squares=squares)
+
+    def _measured_step(self, lr: float, measure: bool) -> StepResult:
         if not measure:
             return self._step(lr)
         probe = NormProbe(self._engine, self.stage, self.topology)
@@ -178,8 +193,7 @@ class Engine:
         return replace(result, norms=probe.finish(factor))
 
     def _step(self, lr: float) -> StepResult:
-        for group in private.client_optimizer(self._engine).param_groups:
-            group["lr"] = lr
+        set_rate(private.client_optimizer(self._engine), lr)
         if self.stage == 0:
             norm = self._clip()
             if not bool(torch.isfinite(norm)):

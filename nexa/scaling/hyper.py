@@ -9,7 +9,6 @@ from dataclasses import dataclass
 Range = tuple[float, float]
 HALF_LIFE = (524_288, 0.95)
 """Tokens of a batch and the beta2 that goes with it: 512 sequences of 1024 (Marek et al.)."""
-MOST_BETA2 = 0.999999
 
 
 def step_law_lr(size: float, tokens: float) -> float:
@@ -39,8 +38,9 @@ def critical_batch(tokens: float) -> float:
 
 def beta2(batch: float) -> float:
     """The beta2 whose half-life in tokens is that of `HALF_LIFE` (arXiv 2507.07101)."""
-    tokens, value = HALF_LIFE
-    return min(value ** (batch / tokens), MOST_BETA2)
+    from nexa.optim.moments import beta2_for  # with torch, which the rest of this file does without
+
+    return beta2_for(batch, half_life(*HALF_LIFE))
 
 
 def half_life(batch: float, value: float) -> float:
@@ -50,12 +50,16 @@ def half_life(batch: float, value: float) -> float:
 
 def width_lr(lr: float, width: float, proxy: float) -> float:
     """Rate of the matrices at `width` when `lr` was best at `proxy` (muP, arXiv 2203.03466): lr / width."""
-    return lr * proxy / width
+    from nexa.optim.widths import RULES as rules
+
+    return float(lr * (width / proxy) ** rules["mup"]["hidden"].lr)
 
 
 def width_weight_decay(decay: float, width: float, proxy: float) -> float:
     """Weight decay of the matrices with it: sqrt(width), so that their singular values stay (arXiv 2510.15262)."""
-    return float(decay * (width / proxy) ** 0.5)
+    from nexa.optim.widths import RULES as rules
+
+    return float(decay * (width / proxy) ** rules["mup_root_decay"]["hidden"].decay)
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,8 @@ def suggest(run: Run, proxy_width: float | None = None) -> list[Suggestion]:
 
 def _width_rules(proxy: float) -> list[Rule]:
     note = (
-        f"tuned at width {proxy:g}; of hidden matrices only, embeddings and vectors keep theirs, vectors without decay"
+        f"tuned at width {proxy:g}; of hidden matrices, embeddings and vectors keep theirs, vectors without decay; "
+        f"optim.width_rule=mup_root_decay optim.base_hidden_size={proxy:g} does it, with the head and initial weights"
     )
     return [
         Rule(

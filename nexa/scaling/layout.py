@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from nexa.config.schema import Config, ModelConfig, NormConfig
 from nexa.model.decoder import Decoder
 from nexa.model.init import bias_role, layer_index, role_of
-from nexa.optim.build import decays
+from nexa.optim.build import group_of
+from nexa.optim.widths import Width
 
 SPLIT_DIMENSION: Mapping[str, int] = {
     "embed": 0,
@@ -131,7 +132,7 @@ class Sizes:
     largest: int
     """Of the largest parameter."""
     group: int
-    """Of the larger of the optimizer's two groups (with and without weight decay)."""
+    """Of the largest of the optimizer's groups (with and without weight decay; more with a rule of width)."""
     embedding: int
     blocks: tuple[int, ...]
     head: int
@@ -142,7 +143,9 @@ def sizes(cfg: Config, shapes: Mapping[str, tuple[int, ...]], tensor: int) -> Si
     """Count what one of `tensor` ranks holds of the parameters of these whole shapes."""
     kv_heads = cfg.model.num_key_value_heads or cfg.model.num_attention_heads
     blocks = [0] * cfg.model.num_hidden_layers
-    embedding = head = decayed = largest = 0
+    embedding = head = largest = 0
+    groups: dict[tuple[bool, float, float], int] = {}
+    width = Width.of(cfg)
     for name, shape in shapes.items():
         count = math.prod(local_shape(name, shape, tensor, kv_heads))
         largest = max(largest, count)
@@ -153,10 +156,12 @@ def sizes(cfg: Config, shapes: Mapping[str, tuple[int, ...]], tensor: int) -> Si
             embedding += count
         else:
             head += count
-        decay = decays(name, decay_embeddings=cfg.optim.decay_embeddings, decay_norms=cfg.optim.decay_norms)
-        decayed += count if decay else 0
+        group = group_of(
+            name, decay_embeddings=cfg.optim.decay_embeddings, decay_norms=cfg.optim.decay_norms, width=width
+        )
+        groups[group] = groups.get(group, 0) + count
     total = embedding + sum(blocks) + head
-    return Sizes(total, largest, max(decayed, total - decayed), embedding, tuple(blocks), head)
+    return Sizes(total, largest, max(groups.values()), embedding, tuple(blocks), head)
 
 
 def local_model(model: ModelConfig, tensor: int) -> ModelConfig:

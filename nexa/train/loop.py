@@ -17,6 +17,7 @@ from nexa.errors import NOT_FINITE, UserError
 from nexa.hardware import memory_gib
 from nexa.parallel.engine import Engine, NonFiniteGradient, StepResult
 from nexa.parallel.norms import summarise
+from nexa.scaling import noise
 from nexa.train import reweight
 from nexa.train.course import Course
 from nexa.train.data import StepData, TensorBatch, TrainingData
@@ -139,6 +140,8 @@ class Trainer:
         """One optimizer update from this rank's micro-batches of the step; the state moves on by one."""
         scored = self.data.scored_tokens(step_data, self.engine.device)
         batches = [self._moved(batch) for batch in step_data.micro_batches]
+        if _due(self.state.step + 1, self.config.log.gradient_noise * self.config.log.every):
+            self.engine.watch_micro_batches()
         factors: Sequence[Tensor | None] = [None] * len(batches)
         weighting = self.config.reweight
         if weighting.apply and self.state.step >= weighting.warmup_steps:
@@ -190,8 +193,11 @@ class Trainer:
     def _row(self, report: StepReport) -> Row:
         """The one place of a step that waits for the device."""
         norm = torch.as_tensor(report.result.grad_norm, dtype=torch.float32, device=self.engine.device)
-        numbers = torch.cat((norm.view(1), gather_rows(report.rows, report.tokens, self.topology).flatten())).cpu()
-        sums, tokens = numbers[1:].double().view(2, -1)
+        squares = report.result.micro_squares
+        first = norm if squares is None else torch.stack((norm, squares.float().to(norm.device)))
+        rows = gather_rows(report.rows, report.tokens, self.topology).flatten()
+        numbers = torch.cat((first.view(-1), rows)).cpu()
+        sums, tokens = numbers[first.numel() :].double().view(2, -1)
         seconds, laps = self.clock.lap() / self._laps, self._laps
         self._laps = 0
         assert laps > 0
@@ -210,6 +216,9 @@ class Trainer:
             achieved = per_step / seconds * self.course.size.flops_per_token / self.topology.world_size
             row["mfu"] = achieved / self._peak_flops
         row |= self.course.row(self.state.tokens)
+        if squares is not None and not report.result.skipped:
+            counts = tokens.view(-1, self.config.train.micro_batch_size).sum(1).tolist()
+            row |= noise.measured(float(numbers[1]), row["grad_norm"] ** 2, counts)
         if self.config.train.precision == "fp16":
             row["skipped"] = self.state.skipped
         if (names := self.data.row_sources(self.state.step - 1)) is not None:

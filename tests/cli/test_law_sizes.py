@@ -1,5 +1,6 @@
 """`nexa law scaling`, `mixture` and `ladder` end to end; every mistake ends with code 2 and one message."""
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -282,3 +283,23 @@ def test_unknown_names(tmp_path, capsys, option):
     for word in ("other=1", "web", "web=-1", "news=x"):
         message = call(capsys, "mixture", "best", tmp_path / "m.json", option, word, code=2)
         assert f"{option} {word}: give NAME=X" in message
+
+
+def test_a_run_that_grew_counts_its_average_parameters(tmp_path, capsys):
+    """Half of the tokens with each size; a ladder of such a run is refused."""
+    from nexa.config import to_yaml
+    from nexa.growth.stages import growth_steps, rate_of
+    from nexa.scaling.sizes.runs import from_run
+
+    words = ["+exp=quickstart", "growth.stages=[{at_tokens: 20480, factor: 2}]", "train.steps=20"]
+    words += ["train.global_batch_size=8", "data.sequence_length=256", "schedule.warmup_steps=0"]
+    cfg = compose(words)
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    rates = [rate_of(cfg, step, growth_steps(cfg)) for step in range(20)]
+    rows = [{"step": step, "lr": rate, "loss": 3.0} for step, rate in enumerate(rates, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = parameter_count(cfg.model, cfg.norm)
+    large = parameter_count(dataclasses.replace(cfg.model, num_hidden_layers=8), cfg.norm)
+    point = from_run(tmp_path, "loss")
+    assert (point.parameters, point.tokens) == ((small + large) / 2, 40960)
+    assert "growth.stages: a ladder is of runs of one size each" in call(capsys, "ladder", *words, code=2)

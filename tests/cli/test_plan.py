@@ -198,3 +198,13 @@ def test_suggestions_say_where_they_hold(capsys):
     assert "Step Law, arXiv 2503.04715" in out
     assert "60M to 1B parameters without embeddings" in out
     assert re.search(r"OUTSIDE ITS RANGE: 6\.48B parameters without embeddings", out)
+
+
+def test_suggestions_for_a_run_that_grows_are_of_its_last_size(capsys):
+    words = ["+exp=gstack_7b", "--gpus", "64", "--suggest"]
+    got = found(capsys, *words)
+    rate = next(row for row in got["suggestions"] if row["key"] == "optim.lr")
+    whole = got["growth"]["sizes"][-1]["parameters"]
+    assert 1.79 * whole**-0.713 * got["run"]["tokens"] ** 0.307 == pytest.approx(rate["value"], rel=0.05)
+    _, out, _ = plan(capsys, *words)
+    assert f"of the last size, {whole / 1e6:,.1f}M parameters, as if it were trained on all tokens" in out

@@ -305,6 +305,72 @@ CASES: list[tuple[dict[str, Any], int | None, str]] = [
     ({"log__sample_tokens": 1025}, None, "log.sample_tokens=1025: at most model.max_position_embeddings=1024"),
     ({"optim__betas": [0.9]}, None, "optim.betas=[0.9]: must be two numbers"),
     ({"optim__betas": [0.9, 1.0]}, None, "optim.betas=[0.9, 1.0]: every number must be in [0, 1)"),
+    (
+        {"optim__beta2_half_life_tokens": 7e6},
+        None,
+        "optim.betas=[0.9, 0.95]: optim.beta2_half_life_tokens=7e+06 gives the second one; set optim.betas=[0.9], or",
+    ),
+    (
+        {"optim__width_rule": "mup"},
+        None,
+        "optim.width_rule=mup: needs the width at which optim.lr was tuned; set optim.base_hidden_size",
+    ),
+    ({"optim__base_hidden_size": 64}, None, "optim.base_hidden_size=64: only a rule reads it; set optim.width_rule="),
+    (
+        {"optim__width_rule": "mup", "optim__base_hidden_size": 100},
+        None,
+        "optim.base_hidden_size=100: would have 1.56 heads of the size that model.hidden_size=512",
+    ),
+    (
+        {"optim__width_rule": "mup", "optim__base_hidden_size": 64, "norm__kind": "dyt"},
+        None,
+        "optim.width_rule=mup: no rule for the scalars of norm.kind=dyt",
+    ),
+    (
+        {"optim__width_rule": "mup", "optim__base_hidden_size": 64, "model__fixnorm": True},
+        None,
+        "optim.width_rule=mup: no rule for rows of a fixed length",
+    ),
+    (
+        {
+            "optim__width_rule": "mup",
+            "optim__base_hidden_size": 64,
+            "model__tie_word_embeddings": True,
+            "norm__placement": "deepnorm",
+        },
+        None,
+        "stands for the multiplier of a tied head, and there is no last norm",
+    ),
+    (
+        {
+            "optim__width_rule": "mup",
+            "optim__base_hidden_size": 64,
+            "model__tie_word_embeddings": True,
+            "norm__kind": "gatednorm",
+        },
+        None,
+        "but is also read by the gate of norm.kind=gatednorm",
+    ),
+    (
+        {"log__gradient_noise": 2, "log__every": 0},
+        None,
+        "log.gradient_noise=2: counts rows, log.every=0 writes none while the run goes",
+    ),
+    (
+        {"log__gradient_noise": 2, "train__micro_batch_size": 64},
+        None,
+        "log.gradient_noise=2: compares the gradients of micro-batches with the whole one's",
+    ),
+    (
+        {"log__gradient_noise": 2, "reweight__strategy": "extremes", "reweight__apply": True},
+        None,
+        "log.gradient_noise=2: with reweight.apply=true a row's weight depends on all others",
+    ),
+    (
+        {"log__gradient_noise": 2, "norm__kind": "powernorm"},
+        None,
+        "log.gradient_noise=2: norm.kind=powernorm has statistics of earlier micro-batches",
+    ),
     ({"resume__mode": "continue"}, None, "resume.path=null: resume.mode=continue needs a checkpoint"),
     ({"resume__mode": "new_schedule"}, None, "resume.mode=new_schedule needs a checkpoint"),
     (

@@ -60,6 +60,7 @@ class Outcome:
     divergence: float = 0.0
     measured: dict[str, list[float]] | None = None
     held: dict[str, list[int]] | None = None
+    micro_squares: float | None = None
 
 
 @dataclass(frozen=True)

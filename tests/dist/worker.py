@@ -60,6 +60,8 @@ def run(job: dict) -> dict:
         if cfg.reweight.apply:
             counts = torch.stack([(each["labels"] >= 0).sum(1).float() for each in batches])
             factors = row_factors(engine, batches, counts, cfg.reweight)
+        if cfg.log.gradient_noise and step == job["steps"] - 1:
+            engine.watch_micro_batches()
         for micro_batch, factor in zip(batches, factors, strict=True):
             total += engine.forward_backward(micro_batch, scored, factor).sum()
         dist.all_reduce(total, group=topology.data_group)
@@ -67,11 +69,19 @@ def run(job: dict) -> dict:
         result = engine.step(job["lr"], measure=step == job["steps"] - 1)
         norms.append(float(result.grad_norm))
         measured = result.norms
+        squares = result.micro_squares
     weights, divergence = whole_tensors(engine)
     if topology.is_main:
         save_file(weights, job["weights"])
     held = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
-    return {"losses": losses, "norms": norms, "divergence": divergence, "measured": measured, "held": held}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "divergence": divergence,
+        "measured": measured,
+        "held": held,
+        "micro_squares": None if squares is None else float(squares),
+    }
 
 
 def serve(run: Callable[[dict], dict]) -> None:

@@ -12,6 +12,8 @@ import torch
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.writer import StoreWriter
 from nexa.config import load
+from nexa.model.decoder import Decoder
+from nexa.model.init import initialise
 from nexa.train.data import TrainingData
 from nexa.train.sources import open_sources
 from tests.train.test_kills import MODEL, Forked, finish, rows
@@ -107,3 +109,37 @@ def test_a_resumed_run_is_the_unbroken_one(train: Train, weighted: list[dict]) -
     train("resumed", *WEIGHTED, WARMUP, "train.stop_at=3")
     resumed = train("resumed", *WEIGHTED, WARMUP)
     assert [[row[name] for name in METRICS] for row in resumed] == [[row[name] for name in METRICS] for row in weighted]
+
+
+def test_gradient_noise_is_that_of_plain_autograd(train: Train) -> None:
+    """Two micro-batches of unequal numbers of scored tokens, in one process and shared out; then resumed."""
+    noise = ["log.gradient_noise=1", "log.every=1", "train.micro_batch_size=6"]
+    rows = train("noise", *noise, "train.stop_at=2")
+    cfg = load(train.root / "noise")  # type: ignore[attr-defined]
+    alone = SimpleNamespace(data_size=1, data_rank=0, device=torch.device("cpu"))
+    step = TrainingData(cfg, alone, open_sources(cfg, alone)).fetch(0)  # type: ignore[arg-type]
+    model = Decoder(cfg.model, cfg.norm)
+    initialise(model, cfg.model, cfg.norm, cfg.train.seed)
+    gradients, tokens = [], []
+    for batch in step.micro_batches:
+        parts = torch.autograd.grad(model(**batch), list(model.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in parts]).double().numpy())
+        tokens.append(float((batch["labels"] >= 0).sum()))
+    n, total = np.array(tokens), sum(tokens)
+    assert n[0] != n[1]
+    # E |u_i|^2 = n_i^2 G2 + n_i V, and of the sum over both, with n = S
+    equations = np.array([[(n**2).sum(), total], [total**2, total]])
+    sums = [sum((u**2).sum() for u in gradients), (sum(gradients) ** 2).sum()]
+    square, variance = np.linalg.solve(equations, sums)
+    assert rows[0]["gradient_square"] == pytest.approx(square, rel=1e-4, abs=1e-6 * variance)
+    assert rows[0]["gradient_variance"] == pytest.approx(variance, rel=1e-4)
+
+    shared = train("noise_shared", *noise, "train.stop_at=1", "parallel.zero_stage=2", processes=2)
+    for key in ("gradient_square", "gradient_variance"):
+        assert [row[key] for row in shared] == [pytest.approx(rows[0][key], rel=1e-3)]
+    resumed = train("noise", *noise)
+    assert resumed[:2] == rows
+    weights = 0.9 ** np.arange(len(resumed))[::-1]
+    scale = sum(weights * [row["gradient_variance"] for row in resumed])
+    scale /= sum(weights * [row["gradient_square"] for row in resumed])
+    assert resumed[-1].get("gradient_noise_scale") == (pytest.approx(scale) if scale > 0 else None)

@@ -50,7 +50,7 @@ def plan(
 
     Raises:
         ConfigError: the large run is wrong, or one of the small ones.
-        UserError: a share outside (0, 1], or tokens per parameter that are not positive.
+        UserError: a share outside (0, 1], tokens per parameter that are not positive, or a large run that grows.
     """
     wrong = [share for share in shares if not 0 < share <= 1] + [x for x in tokens_per_parameter if not x > 0]
     if wrong:
@@ -59,6 +59,11 @@ def plan(
     problems = check(base)
     if problems:
         raise ConfigError(problems)
+    if base.growth.stages:
+        raise UserError(
+            "growth.stages: a ladder is of runs of one size each; predict a run that grows from rungs that do not, by "
+            "its average parameters (nexa plan prints them)"
+        )
     found = []
     for share in shares:
         for ratio in tokens_per_parameter:
@@ -80,7 +85,9 @@ def _changes(base: Config, share: float, ratio: float, name: str) -> list[str]:
     sequences = max(1, round(batch / micro)) * micro
     step_tokens = sequences * base.data.sequence_length
     steps = max(1, round(tokens / step_tokens))
-    lr = base.optim.lr * step_law_lr(small.inner, tokens) / step_law_lr(large.inner, large.tokens)
+    # a rule of width gives the rate of each size by itself
+    inner = small.inner if base.optim.width_rule == "none" else large.inner
+    lr = base.optim.lr * step_law_lr(inner, tokens) / step_law_lr(large.inner, large.tokens)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     changed = [name for name in names if getattr(model, name) != getattr(base.model, name)]
     return [

@@ -46,7 +46,8 @@ def load(specs: Sequence[str], loss_key: str = "loss") -> list[Point]:
 
 
 def from_run(folder: Path, loss_key: str) -> Point:
-    """A finished run: all its parameters, its tokens, and the mean of its last losses.
+    """A finished run: all its parameters (of one that grew, their average over its tokens), its tokens, and the mean of
+    its last losses.
 
     A validation loss counts by itself, the last one; training losses are averaged over the last `LAST` of the updates.
     """
@@ -59,18 +60,28 @@ def from_run(folder: Path, loss_key: str) -> Point:
         raise UserError(f"{folder}: ends at step {step[-1]:g} of {total}; give runs that have finished")
     last = step > total - (max(1, round(LAST * total)) if loss_key == "loss" else 1)
     facts = describe(cfg)
-    return Point(str(folder), facts.size, facts.tokens, float(np.mean(loss[last])))
+    size = average_parameters(cfg) if cfg.growth.stages else facts.size
+    return Point(str(folder), size, facts.tokens, float(np.mean(loss[last])))
+
+
+def average_parameters(cfg: Config) -> float:
+    """Parameters of a run with `growth.stages`, averaged over its training tokens (Jin et al., ICLR 2025, who show it
+    for pruning): 6 times it times the tokens is the compute of all its sizes."""
+    from nexa.growth.stages import budget, sizes, with_timing
+
+    found = sizes(cfg)
+    return budget(with_timing(cfg, found[-1]), found).average_parameters
 
 
 def describe(cfg: Config) -> Run:
-    """What laws read of a configuration; no model is allocated."""
+    """What laws read of a configuration without growths, or with one of its sizes; no model is allocated."""
     from nexa.model.decoder import parameter_count
+    from nexa.optim.moments import betas_of
 
     model = cfg.model
     size = float(parameter_count(model, cfg.norm))
     tables = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     batch = float(cfg.train.global_batch_size * cfg.data.sequence_length)
-    first, second = cfg.optim.betas
     return Run(
         size=size,
         inner=size - tables,
@@ -78,7 +89,7 @@ def describe(cfg: Config) -> Run:
         batch=batch,
         sequence=float(cfg.data.sequence_length),
         lr=cfg.optim.lr,
-        betas=(first, second),
+        betas=betas_of(cfg),
         decay=cfg.optim.weight_decay,
         width=float(model.hidden_size),
     )

@@ -13,6 +13,7 @@ from nexa.train.hooks.diagnosis import DiagnoseHook
 from nexa.train.hooks.evaluation import EvaluationHook
 from nexa.train.hooks.figures import PlotHook
 from nexa.train.hooks.metrics import MetricsHook
+from nexa.train.hooks.noise import NoiseHook
 from nexa.train.hooks.prediction import PredictionHook
 from nexa.train.hooks.removal import RemovalHook
 from nexa.train.hooks.sample import SampleHook
@@ -32,6 +33,7 @@ def build_hooks(cfg: Config, validation: list[ValidationSet], checkpoint: Checkp
         EvaluationHook(cfg.eval, validation),
         *removal,  # after the validation of its step
         *([DiagnoseHook(cfg, validation)] if cfg.diagnose.every > 0 else []),
+        *([NoiseHook(run_dir / "metrics.jsonl")] if cfg.log.gradient_noise > 0 else []),
         *([PredictionHook(cfg)] if cfg.log.predict_every > 0 else []),
         MetricsHook(run_dir / "metrics.jsonl"),
         *(hook(run_dir) for wanted, hook in optional if wanted),
