@@ -20,6 +20,7 @@ from nexa.scaling.laws.curves import load
 from nexa.scaling.laws.figures import draw
 from nexa.scaling.laws.files import Fitted
 from nexa.scaling.laws.fit import score
+from nexa.scaling.laws.live import Live
 
 SCHEDULES = (*FITTED, *TESTED, "chosen")
 HALF = 0.5
@@ -89,18 +90,21 @@ def choice_table(runs: Runs) -> Iterator[str]:
 
 
 def live(run: Path, share: float = HALF) -> tuple[float, bool] | None:
-    """Relative error of the run's own prediction after that share of it, and whether the interval had the end."""
-    rows, end = metrics(run), final(run)
-    key = "predicted_final_loss"
-    known = [row for row in rows if row.get(key) is not None and row["step"] <= share * rows[-1]["step"]]
-    if not known:
-        return None
-    last = known[-1]
-    return last[key] / end - 1, last[f"{key}_low"] <= end <= last[f"{key}_high"]
+    """Relative error of the prediction after that share of the run, and whether the interval had the end.
+
+    Made from the run's rows as its hook makes it, by the law as it is now.
+    """
+    (curve,) = load([run], loss_key(run))
+    law = Live(curve.rates)
+    for index, loss in zip(curve.index, curve.loss, strict=True):
+        if index < share * curve.rates.total:
+            law.add(int(index), float(loss))
+    said, end = law.forecast(), final(run)
+    return None if said is None else (said.final / end - 1, said.low <= end <= said.high)
 
 
 def live_table(runs: Runs) -> Iterator[str]:
-    """Errors of predictions made by the runs themselves, and the median of all."""
+    """Errors of predictions made while a run goes on, and the median of all."""
     yield "| schedule | after 25 % | 50 % | 75 % | inside the interval after 50 % |"
     yield "|---|---|---|---|---|"
     shares = (0.25, HALF, 0.75)
