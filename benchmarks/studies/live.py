@@ -3,8 +3,8 @@
     python -m benchmarks.studies.live --data STORE --out DIR [--jobs 2] [--smoke]
 
 A model of 0.1M parameters without embeddings, 8000 steps of 1024 tokens: long for its size, so that the beginning
-(which follows no power law) is a small part. Prints, in Markdown, the error of the prediction after a quarter, half and three
-quarters of each run. Stopped, the same command goes on.
+(which follows no power law) is a small part. Prints, in Markdown, the error of the prediction after a quarter, half
+and three quarters of each run. Stopped, the same command goes on.
 """
 
 from __future__ import annotations
