@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.live --data STORE --out DIR [--jobs 2] [--smoke]
 
-A model of 0.1M parameters without embeddings, 8000 steps of 1024 tokens: long for its size, so that the beginning
+A model of 0.1M parameters without embeddings, 4800 steps of 1024 tokens: long for its size, so that the beginning
 (which follows no power law) is a small part. Prints, in Markdown, the error of the prediction after a quarter, half
 and three quarters of each run. Stopped, the same command goes on.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.studies.laws_report import live_table
 from benchmarks.studies.runner import Point, run_points, study_parser
 
-STEPS, SMOKE = 8000, 80
+STEPS, SMOKE = 4800, 80
 MODEL = (
     "model=llama_9m",
     "model.hidden_size=64",
