@@ -15,10 +15,11 @@ PASSED = (
 
 IN_DOCKER = (
     'trap "kill -USR1 -- -1" USR1; trap "kill -TERM -- -1" TERM; (trap "" USR1 TERM; exec "$@") & '
-    'while kill -0 "$!" 2>/dev/null; do wait "$!"; code=$?; done; exit "$code"'
+    'while kill -0 "$!" 2>/dev/null; do wait "$!"; done; wait "$!"'
 )
 """First process of a Docker container. Slurm cannot reach the ranks, which are children of Docker's daemon, and Docker
-hands a signal to the first process only: it passes it on to all, and the agent ignores it."""
+hands a signal to the first process only: it passes it on to all, and the agent ignores it. The last wait is for the
+agent's code: the one before may have ended with that of the signal."""
 
 
 def _apptainer(image: str, folders: Sequence[str], gpus: bool) -> list[str]:
