@@ -27,7 +27,7 @@ COMMON = (
     "data.sequence_length=128",
     "train.global_batch_size=8",
     "train.micro_batch_size=8",
-    "optim.lr=4e-3",
+    "optim.lr=2e-3",
     "schedule=cosine",
     "schedule.min_lr_ratio=0.1",
     "checkpoint.every=100",
@@ -40,7 +40,7 @@ SMOKE = ("eval.batches=1", "eval.every=4", "checkpoint.every=4")
 BLOCKS = 8
 SMALLER = (2, 4)
 """Depths of further runs from scratch: what a model of the average size would reach."""
-RATES = (2e-3, 8e-3)
+RATES = (1e-3, 4e-3, 8e-3)
 """Peak rates of further runs from scratch: is the one of all runs a bad one for them?"""
 
 
