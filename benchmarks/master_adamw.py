@@ -9,23 +9,27 @@ LR, BETAS, EPS, CLIP = 3e-4, (0.9, 0.95), 1e-8, 1.0
 
 
 class MasterAdamW:
-    """Fused AdamW on fp32 copies of bf16 parameters, with clipping; all loops but the engine's share it."""
+    """Fused AdamW with clipping, on fp32 copies of bf16 parameters, or on fp32 ones themselves; all loops but the
+    engine's share it."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
-        self.masters = [p.detach().float().requires_grad_() for p in parameters]
+        self.copied = parameters[0].dtype != torch.float32
+        self.masters = [p.detach().float().requires_grad_() for p in parameters] if self.copied else parameters
         for master in self.masters:
-            master.grad = torch.zeros_like(master)
+            master.grad = torch.zeros_like(master) if self.copied else None
         self.optimizer = torch.optim.AdamW(self.masters, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def step(self) -> None:
         """Clip, update, publish, and drop the gradients."""
         gradients = [m.grad for m in self.masters if m.grad is not None]
-        torch._foreach_copy_(gradients, [p.grad for p in self.parameters])
+        if self.copied:
+            torch._foreach_copy_(gradients, [p.grad for p in self.parameters])
         norm = torch.nn.utils.get_total_norm(gradients)
         torch._foreach_mul_(gradients, (CLIP / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
-        torch._foreach_copy_(self.parameters, self.masters)
+        if self.copied:
+            torch._foreach_copy_(self.parameters, self.masters)
         for parameter in self.parameters:
             parameter.grad = None

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.placements import Shape
-from benchmarks.step import MODEL, seconds_of
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.step import seconds_of
 from nexa.config import compose
-from nexa.config.schema import Config, ModelConfig
+from nexa.config.schema import Config
 from nexa.hardware import keep_freed_memory
 from nexa.model.decoder import Decoder
 from nexa.model.init import initialise
@@ -38,23 +38,7 @@ from nexa.optim import build
 from nexa.optim.build import settings
 from nexa.optim.methods import METHODS
 
-SHAPES = {
-    "34m": Shape(MODEL, 8, 256),
-    "134m": Shape(
-        ModelConfig(
-            vocab_size=32000,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            max_position_embeddings=256,
-            attention="auto",
-        ),
-        batch=8,
-        length=256,
-    ),
-}
-"""That of benchmarks.step, and LLaMA 130M."""
+SIZES = ("34m", "134m")
 BASE = "adamw"
 CLOCKS = ("wall", "cpu")
 
@@ -195,7 +179,7 @@ def main() -> None:
     """Measure, print a table for each shape, write JSON when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SIZES))
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=12, help="updates of each, at most (default 12)")
     parser.add_argument("--seconds", type=float, default=30.0, help="of updates of one method, about (default 30)")

@@ -1,19 +1,14 @@
-"""litgpt's GPT, compiled as its pre-training compiles it, in the environment and at the orders of benchmarks/peers.
-
-argv[1]: the job, JSON. Each line of standard input is a number of steps to take; the answer is one line of JSON.
-"""
+"""litgpt's GPT, compiled as its pre-training compiles it, in the environment and at the orders of benchmarks/peers."""
 
 from __future__ import annotations
-
-import json
-import sys
-import time
 
 import torch
 from litgpt import GPT, Config
 from litgpt.utils import chunked_cross_entropy
 from master_adamw import MasterAdamW
+from peer_turns import take_turns, the_job
 from safetensors.torch import load_file
+from torch import Tensor
 
 
 def renamed(weights: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
@@ -37,9 +32,7 @@ def renamed(weights: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Te
 
 def main() -> None:
     """Build, then take turns."""
-    job = json.loads(sys.argv[1])
-    torch.set_num_threads(job["threads"])
-    device = torch.device(job["device"])
+    job, device, dtype = the_job()
     config = Config(
         name="benchmark",
         block_size=job["length"],
@@ -59,23 +52,17 @@ def main() -> None:
     )
     model = GPT(config)
     model.load_state_dict(renamed(load_file(f"{job['weights']}/weights.safetensors"), job["layers"]))
-    model = model.to(device, torch.bfloat16)
-    model.cos, model.sin = model.rope_cache(device=device)  # not rounded to bf16
+    model = model.to(device, dtype)
+    model.cos, model.sin = model.rope_cache(device=device)  # not rounded
     compiled, optimizer = torch.compile(model), MasterAdamW(list(model.parameters()))
-    generator = torch.Generator().manual_seed(0)
-    for line in sys.stdin:
-        seconds, loss = [], torch.zeros(())
-        for _ in range(int(line)):
-            rows = torch.randint(0, job["vocab"], (job["rows"], job["length"] + 1), generator=generator).to(device)
-            ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            begin = time.perf_counter()
-            loss = chunked_cross_entropy(compiled(ids), labels)
-            loss.backward()
-            optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-        print(json.dumps({"seconds": seconds, "loss": float(loss.detach())}), flush=True)
+
+    def step(ids: Tensor, labels: Tensor) -> Tensor:
+        loss = chunked_cross_entropy(compiled(ids), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    take_turns(job, device, step)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nexa.config.schema import ModelConfig
+from benchmarks.shapes import Shape
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent / "build" / "peers"
-REQUIREMENTS = {"litgpt": "litgpt==0.5.13"}
+Turn = Callable[[int], tuple[list[float], float]]
+"""Takes so many steps: seconds of each, and the loss of the last."""
+REQUIREMENTS = {"litgpt": ("litgpt==0.5.13",), "torchtitan": ("torchtitan==0.3.0", "triton")}
 """The versions whose figures docs/benchmarks.md gives."""
 
 
@@ -29,23 +31,22 @@ def environment(name: str) -> Path:
     folder = ENVIRONMENTS / name
     python, ready = folder / "bin" / "python", folder / "ready"
     if not ready.exists():
-        print(f"installing {REQUIREMENTS[name]} into {folder} (once)", file=sys.stderr)
+        print(f"installing {' '.join(REQUIREMENTS[name])} into {folder} (once)", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
         whole = torch.__version__
         version = whole if whole.endswith("+cpu") else whole.partition("+")[0]  # else pip takes gigabytes for CUDA
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, f"torch=={version}", REQUIREMENTS[name]], check=True)
+        subprocess.run([*install, f"torch=={version}", *REQUIREMENTS[name]], check=True)
         ready.touch()
     return python
 
 
-def peer(
-    name: str, device: torch.device, model: ModelConfig, weights: dict[str, Tensor], batch: tuple[int, int]
-) -> Callable[[int], tuple[list[float], float]]:
-    """A function that takes so many steps and says the seconds of each and the loss of the last.
+def peer(name: str, device: torch.device, shape: Shape, precision: str, weights: dict[str, Tensor]) -> Turn:
+    """A peer, ready to take turns.
 
-    weights: the initial ones, by nexa's names. batch: rows and their length.
+    weights: the initial ones, by nexa's names.
     """
+    model = shape.model
     python, folder = environment(name), ENVIRONMENTS / name
     save_file({key: value.contiguous() for key, value in weights.items()}, folder / "weights.safetensors")
     shape = {
@@ -56,16 +57,17 @@ def peer(
         "heads": model.num_attention_heads,
         "eps": model.rms_norm_eps,
         "theta": model.rope_theta,
-        "rows": batch[0],
-        "length": batch[1],
+        "rows": shape.batch,
+        "length": shape.length,
+        "precision": precision,
     }
     job = {**shape, "device": device.type, "threads": torch.get_num_threads(), "weights": str(folder)}
-    process = subprocess.Popen(
-        [str(python), str(HERE / f"peer_{name}.py"), json.dumps(job)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    return turns([str(python), str(HERE / f"peer_{name}.py"), json.dumps(job)], name)
+
+
+def turns(command: list[str], name: str, environment: dict[str, str] | None = None) -> Turn:
+    """Start a process that takes turns at the orders of its standard input, as benchmarks/peer_turns.py does."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def turn(steps: int) -> tuple[list[float], float]:
         assert process.stdin is not None and process.stdout is not None

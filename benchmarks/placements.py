@@ -10,7 +10,6 @@ medians count; `pre again` is Pre-LN once more, and says what the ratios of this
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
 import statistics
@@ -19,8 +18,9 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks.step import MODEL, Step, bare_loop, seconds_of
-from nexa.config.schema import ModelConfig, NormConfig, NormKind, Placement
+from benchmarks.shapes import SHAPES, Shape, default_shape
+from benchmarks.step import Setting, Step, bare_loop, seconds_of
+from nexa.config.schema import NormConfig, NormKind, Placement
 from nexa.hardware import keep_freed_memory
 from nexa.model.decoder import Decoder
 from nexa.model.init import initialise
@@ -29,32 +29,12 @@ AGAIN = "pre again"
 NAMES = (*(name for name in get_args(Placement) if name != "none"), AGAIN)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A model and its batch."""
-
-    model: ModelConfig
-    batch: int
-    length: int
-
-
-SHAPES = {
-    "34m": Shape(MODEL, 8, 256),
-    "1b": Shape(
-        ModelConfig(hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=32),
-        batch=8,
-        length=1024,
-    ),
-}
-"""For CPUs, and for one GPU (the 1B size with a feed-forward that is a multiple of 64)."""
-
-
 def contestant(placement: str, kind: str, shape: Shape, device: torch.device) -> Step:
     """A compiled model with its optimizer."""
     norm = NormConfig(placement=placement.removesuffix(" again"), kind=kind)  # type: ignore[arg-type]
     model = Decoder(shape.model, norm)
     initialise(model, shape.model, norm, seed=0)
-    return bare_loop(model, device)
+    return bare_loop(model, Setting(shape, "bf16", device))
 
 
 def measure(names: list[str], kind: str, shape: Shape, device: torch.device, rounds: int) -> dict[str, list[float]]:
@@ -90,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    shape_name = arguments.shape or ("34m" if device.type == "cpu" else "1b")
+    shape_name = arguments.shape or default_shape(device.type)
     if device.type == "cpu":
         keep_freed_memory()
     names = ["pre", *(name for name in arguments.only if name != "pre")]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import optimizers
+from benchmarks import loader, optimizers, start
+from benchmarks.master_adamw import MasterAdamW
 from benchmarks.optimizers import Taken
-from benchmarks.placements import Shape
+from benchmarks.shapes import Shape
+from benchmarks.step import Setting, batches, products
 from nexa.config.schema import ModelConfig
 
 TINY = Shape(
@@ -37,3 +41,27 @@ def test_optimizers_are_measured_in_turns_with_adamw(capsys: pytest.CaptureFixtu
     assert all(taken.wall > 0 for row in found.values() for taken in row["update"])
     short = optimizers.measure(["scale"], TINY, torch.device("cpu"), 30, 0.0)
     assert len(short["scale"]["update"]) == 2, "ends early"
+
+
+def test_waits_of_a_run_are_shares_of_its_median_step() -> None:
+    rows = [{"step": step, "step_seconds": 0.2, "data_seconds": 9.0 if step < 6 else 0.002} for step in range(1, 11)]
+    found = start.waits([*rows, {"step": 10, "val_loss": 3.0}], [0.1, 0.01, 0.03])
+    assert found == pytest.approx({"step": 0.2, "waiting": 0.01, "first_save": 0.5, "saving": 0.15})
+
+
+@pytest.mark.parametrize("case", [case for case in loader.CASES if "source" not in loader.CASES[case]])
+def test_batches_are_read_as_in_a_run(tmp_path: Path, case: str) -> None:
+    store = loader.write_store(tmp_path / "store", 1_000_000, 0)
+    opening, taken = loader.seconds({"source": str(store), **loader.CASES[case]}, 512, 4)
+    assert opening > 0 and len(taken) == 3 and min(taken) > 0
+
+
+def test_what_all_contestants_of_a_step_share() -> None:
+    setting = Setting(TINY, "fp32", torch.device("cpu"))
+    optimizer = MasterAdamW(list(setting.decoder().parameters()))
+    assert optimizer.masters is optimizer.parameters, "fp32 weights are their own masters"
+    ids, labels = batches(TINY, setting.device)()
+    assert ids.shape == (TINY.batch, TINY.length) and torch.equal(ids[:, 1:], labels[:, :-1])
+    assert products(setting)() > 0 and TINY.flops == pytest.approx(
+        TINY.tokens * (6 * (4 * 16 * 16 + 3 * 16 * 24 + 16 * 32) + 12 * 2 * 8 * 8)
+    )

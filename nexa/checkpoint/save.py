@@ -23,6 +23,8 @@ from nexa.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+PAGE = 4096
+"""Bytes; what is written to makes the kernel hand all of its page over."""
 _RESERVED = {catalog.COMPLETE, catalog.MANIFEST, catalog.STATE, catalog.CONFIG, catalog.MODEL_INDEX}
 
 
@@ -70,6 +72,29 @@ class CheckpointWriter:
         """CPU memory that this rank's snapshot takes."""
         return sum(data.numel() * data.element_size() for data in self._buffers.values())
 
+    def prepare(self, fragments: list[Fragment]) -> None:
+        """Take the snapshot's memory in the background, so that the first `save` need not wait for it; collective.
+
+        fragments: as they will be saved. Pages that no process had before cost more than what is written to them: 6.5 s
+        a GiB on a virtual machine (docs/benchmarks.md).
+        """
+        self._join()
+        mine = json.dumps(describe(fragments)).encode()
+        rows = self._link.gather_numbers([_digest(mine), len(mine)])
+        self._bring_up_to_date(mine, [row[0] for row in rows], [row[1] for row in rows])
+        on_gpu = _on_gpu(fragments)
+        self._thread = threading.Thread(target=self._take_memory, args=(on_gpu,), name="checkpoint-memory")
+        self._thread.start()
+
+    def _take_memory(self, pinned: bool) -> None:
+        try:
+            buffers = allocate(self._plan, self._link.rank, pinned=pinned)
+            for buffer in buffers.values():
+                buffer.view(torch.uint8).numpy()[::PAGE] = 0
+            self._buffers = buffers
+        except BaseException as error:
+            self._error = error
+
     def save(
         self,
         step: int,
@@ -94,8 +119,7 @@ class CheckpointWriter:
         attempt = self._agree(step, fragments)
         by_name = {fragment.name: fragment for fragment in fragments}
         if not self._buffers:
-            on_gpu = any(t.is_cuda for fragment in fragments for t in fragment.tensors.values())
-            self._buffers = allocate(self._plan, self._link.rank, pinned=on_gpu)
+            self._buffers = allocate(self._plan, self._link.rank, pinned=_on_gpu(fragments))
         collect(self._link, self._plan, by_name, self._buffers, self.message_bytes)
         # Of several owners of a parameter the first to give a piece tells its scalars.
         first = {name: next(iter(one.shards.values()))[0].rank for name, one in self._plan.items() if one.shards}
@@ -159,16 +183,27 @@ class CheckpointWriter:
                 tmp.mkdir(parents=True)
             except OSError as error:
                 self._error = UserError(f"checkpoint of step {step}: {self.root}: {error.strerror}")
-        digest = int.from_bytes(hashlib.sha256(mine).digest()[:7], "big")
-        rows = self._link.gather_numbers([digest, len(mine), number, int(self._error is not None)])
+        rows = self._link.gather_numbers([_digest(mine), len(mine), number, int(self._error is not None)])
         attempt = f"{rows[0][2]:012x}"
         if failed := [rank for rank, row in enumerate(rows) if row[3]]:
             if self._link.rank == 0 and tmp.is_dir():
                 discard(tmp)
             self._error = self._error or UserError(f"rank {failed[0]} could not write its part of a checkpoint")
             self.wait()
-        digests = [row[0] for row in rows]
-        if digests != self._digests:
-            self._plan = make_plan(self._link.gather_descriptions(mine, [row[1] for row in rows]))
-            self._digests, self._buffers = digests, {}
+        self._bring_up_to_date(mine, [row[0] for row in rows], [row[1] for row in rows])
         return attempt
+
+    def _bring_up_to_date(self, mine: bytes, digests: list[int], lengths: list[int]) -> None:
+        """Make the plan again when the layout is not that of the last one. Of each rank's description: `mine` here, the
+        digests and lengths of all."""
+        if digests != self._digests:
+            self._plan = make_plan(self._link.gather_descriptions(mine, lengths))
+            self._digests, self._buffers = digests, {}
+
+
+def _digest(description: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(description).digest()[:7], "big")
+
+
+def _on_gpu(fragments: list[Fragment]) -> bool:
+    return any(tensor.is_cuda for fragment in fragments for tensor in fragment.tensors.values())

@@ -20,6 +20,7 @@ from nexa.hardware import keep_freed_memory, return_freed_memory
 from nexa.model.block import Block
 from nexa.model.decoder import Decoder
 from nexa.model.statistics import tensors_of
+from nexa.numerics import total_norm
 from nexa.optim.build import build, described, set_rate, settings
 from nexa.optim.rule import RuleOptimizer, State
 from nexa.parallel import private
@@ -200,9 +201,9 @@ class Engine:
 
     def _measured_step(self, lr: float, measure: bool, judge: Judge) -> StepResult:
         if not measure:
-            return self._step(lr, judge)
+            return self._step(lr, judge, measure)
         probe = NormProbe(self._engine, self.stage, self.topology)
-        result = self._step(lr, judge)
+        result = self._step(lr, judge, measure)
         if result.skipped:
             probe.finish(1.0)
             return result
@@ -210,10 +211,10 @@ class Engine:
         factor = (clip / (norm + CLIP_EPS)).clamp(max=1.0) if clip > 0 else 1.0
         return replace(result, norms=probe.finish(factor))
 
-    def _step(self, lr: float, judge: Judge) -> StepResult:
+    def _step(self, lr: float, judge: Judge, measure: bool) -> StepResult:
         set_rate(private.client_optimizer(self._engine), lr)
         if self.stage == 0:
-            norm = self._clip()
+            norm = self._clip(measure)
             skipped = not bool(judge(norm))
             if isinstance(self._engine, OneRank):
                 self._engine.step(not skipped)
@@ -229,21 +230,24 @@ class Engine:
         return StepResult(seen[0] if skipped and seen else private.gradient_norm(self._engine), skipped)
 
     @torch.no_grad()
-    def _clip(self) -> Tensor:
+    def _clip(self, measure: bool) -> Tensor:
         gradients = private.gradients_in_few_pieces(self._engine)
         if self.topology.tensor_size == 1:
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = total_norm(gradients)
         else:
             pairs = private.gradients(self._engine)
             # what all tensor ranks have whole counts on the first one
             first = self.topology.tensor_rank == 0
-            square = torch.nn.utils.get_total_norm([g for p, g in pairs if first or not shard_of(p).is_whole]).square()
+            square = total_norm(g for p, g in pairs if first or not shard_of(p).is_whole).square()
             dist.all_reduce(square, group=self.topology.tensor_group)
             norm = square.sqrt()
         if self.config.train.grad_clip > 0:
             factor = (self.config.train.grad_clip / (norm + CLIP_EPS)).clamp(max=1.0)
             if self.device.type != "cpu" or factor < 1:  # here looking costs nothing, and multiplying two passes
-                torch._foreach_mul_(gradients, factor)
+                if isinstance(self._engine, OneRank):
+                    self._engine.divide(factor.reciprocal(), at_once=measure)
+                else:
+                    torch._foreach_mul_(gradients, factor)
         return norm
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nexa.numerics import euclidean_norm
 from nexa.parallel import private
 from nexa.parallel.topology import Topology
 from nexa.sharding import shard_of
@@ -32,8 +33,7 @@ class MicroBatchProbe:
         self._hooks = [parameter.register_hook(self._add) for parameter in counted]
 
     def _add(self, gradient: Tensor) -> None:
-        norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
-        self._square += norm.double().square()
+        self._square += euclidean_norm(gradient.detach()).double().square()
 
     def finish(self) -> Tensor:
         """sum_i |g_i|^2 over the micro-batches i of all ranks, where sum_i g_i is the gradient of the mean loss of the

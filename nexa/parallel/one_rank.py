@@ -91,6 +91,16 @@ class OneRank:
         self._fill()
         return [master.flat.grad for master in self.masters if master.flat.grad is not None]
 
+    def divide(self, divisor: Tensor, at_once: bool) -> None:
+        """Divide the gradients by a scalar, before anybody but the optimizer looks at them if it is to be at once.
+
+        Else PyTorch's fused AdamW does the same on its way through them: a reading and a writing of all of them less.
+        """
+        if isinstance(self.optimizer, torch.optim.AdamW) and not at_once:
+            self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        else:
+            torch._foreach_div_(self.in_few_pieces(), divisor)
+
     def _fill(self) -> None:
         """Where no loss depends on a parameter its gradient is 0."""
         for master in self.masters:
@@ -105,6 +115,7 @@ class OneRank:
         if update:
             self.optimizer.step()
             self.publish()
+        vars(self.optimizer).pop("grad_scale", None)
         self._seen.clear()
         for parameter in self.module.parameters():
             parameter.grad = None

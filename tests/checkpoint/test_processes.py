@@ -36,6 +36,25 @@ def _write(rank, world, root, seeds, tensor=1):
     writer.close()
 
 
+def _write_prepared(rank, world, root):
+    writer = CheckpointWriter(root, rank=rank, world_size=world)
+    writer.prepare(cut(whole(0), rank, world, 2))
+    writer._join()
+    taken = {key: buffer.data_ptr() for key, buffer in writer._buffers.items()}
+    assert taken and writer.snapshot_bytes > 0
+    writer.save(100, cut(whole(0), rank, world, 2), {"tokens": 0}, {})
+    assert {key: buffer.data_ptr() for key, buffer in writer._buffers.items()} == taken, "not the memory prepared"
+    writer.prepare(cut(whole(0), rank, world, 2))
+    writer.save(101, cut(whole(1), rank, world, 3), {"tokens": 1}, {})  # another layout than the one prepared for
+    writer.close()
+
+
+def test_memory_of_snapshots_is_taken_before(tmp_path):
+    run_world(2, _write_prepared, tmp_path)
+    assert len(list_checkpoints(tmp_path)) == 2
+    run_world(3, _read, tmp_path, [5])
+
+
 def _read(rank, world, root, seeds, tensor=1):
     for path in list_checkpoints(root):
         verify(path, rank, world)

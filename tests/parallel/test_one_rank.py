@@ -123,3 +123,15 @@ def test_what_no_loss_depends_on_has_gradient_zero() -> None:
         engine.step()
         for weight, old, gradient in zip(engine.masters[0].weights, before, grads, strict=True):
             torch.testing.assert_close(weight, old if gradient is None else old - 0.1 * gradient.float())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_measuring_changes_nothing(topology: Topology, precision: str) -> None:
+    cfg = from_mapping(config(train={"precision": precision, "grad_clip": 1e-2}))
+    engines = [Engine(cfg, topology) for _ in range(2)]
+    for batch in batches(3):
+        for engine, measure in zip(engines, (False, True), strict=True):
+            engine.forward_backward(batch, batch["labels"].numel())
+            assert float(engine.step(LR, measure=measure).grad_norm) > 1e-2
+    for mine, other in zip(*(engine.module.parameters() for engine in engines), strict=True):
+        assert torch.equal(mine, other)

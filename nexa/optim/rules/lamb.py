@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nexa.numerics import euclidean_norm
 from nexa.optim.rule import Rule, Slot, State
 from nexa.optim.rules.adamw import AdamW
 
@@ -40,7 +41,7 @@ class Lamb(Rule):
             return
         for slot, raw in zip(slots, self._adam.directions(slots), strict=True):
             step = raw.add_(slot.weight, alpha=decay)
-            length, of_step = slot.weight.norm(), step.norm()
+            length, of_step = euclidean_norm(slot.weight), euclidean_norm(step)
             ratio = length / of_step
             ratio = torch.where((length > 0) & (of_step > 0), ratio, torch.ones_like(ratio))
             slot.weight.add_(step.mul_(ratio), alpha=-lr)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nexa.numerics import euclidean_norm
 from nexa.optim.rule import Slot, State
 from nexa.optim.rules.direction import Direction, counted, fresh
 
@@ -86,7 +87,7 @@ class StableSpam(Direction):
         state["largest"].lerp_(most, 1 - self.gamma3)
         bound = state["largest"] / (1 - self.gamma3**k)
         gradient = torch.where(gradient.abs() > bound, gradient * (bound / most.clamp(min=SMALLEST)), gradient)
-        norm = torch.linalg.vector_norm(gradient)
+        norm = euclidean_norm(gradient)
         state["norm"].lerp_(norm, 1 - norm_beta)
         state["norm_sq"].lerp_(norm.square(), 1 - self.gamma2)
         size = (state["norm_sq"] / (1 - self.gamma2**k)).sqrt_().add_(self.eps)

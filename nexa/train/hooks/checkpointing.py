@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ from nexa.train.hook import Hook
 
 if TYPE_CHECKING:
     from nexa.train.loop import Trainer
+
+logger = logging.getLogger("nexa")
+SAVED = "checkpoint of step %d: training waited %.3f s for it"
 
 
 class CheckpointHook(Hook):
@@ -33,6 +37,8 @@ class CheckpointHook(Hook):
             permanent_every=cfg.permanent_every,
             asynchronous=cfg.asynchronous,
         )
+        if cfg.every > 0:
+            self._writer.prepare(trainer.engine.fragments())
 
     def after_step(self, trainer: Trainer) -> None:
         """Save when due; an error of the save before surfaces here."""
@@ -51,6 +57,7 @@ class CheckpointHook(Hook):
         if (place := trainer.data.position(trainer.state.step)) is not None:
             state["stream"] = place
         self._writer.save(trainer.state.step, trainer.engine.fragments(), state, self._model_config, self._files)
+        logger.info(SAVED, trainer.state.step, self._writer.stall_seconds)
 
     def end(self, trainer: Trainer) -> None:
         """Wait until the last checkpoint is complete."""
