@@ -154,6 +154,7 @@ class Decoder(nn.Module):
                 part.compile()
             if isinstance(part, Block):
                 part.self_attn.choose_kernel()
+                part.mlp.choose_kernel()
         self.lm_head.compile_kernel()
 
 

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexa.config.schema import ModelConfig
+from nexa.model import cpu_attention
+from nexa.model.cpu_linear import Linear
 from nexa.model.layers import Layers
 
 
@@ -19,6 +21,12 @@ class FeedForward(nn.Module):
         self.up_proj = layers.column(model.hidden_size, model.intermediate_size, model.input_bias)
         self.down_proj = layers.row(model.intermediate_size, model.hidden_size)
         self.mid_norm = mid_norm
+
+    def choose_kernel(self) -> None:
+        """To be called when the block is compiled: `cpu_linear` pays only then, and only for matrices as these."""
+        for layer in (self.gate_proj, self.up_proj, self.down_proj):
+            if isinstance(layer, Linear):
+                layer.turned = cpu_attention.pays()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""

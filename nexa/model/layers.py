@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexa.model.cpu_linear import Linear
 from nexa.model.loss import Kernel, compiled_kernel, linear_cross_entropy, nll_and_gradient
 from nexa.sharding import Shard
 
@@ -153,7 +154,7 @@ class Layers:
 
     def whole(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         """A matrix that every rank has whole."""
-        return nn.Linear(in_features, out_features, bias=bias, device=self.device)
+        return Linear(in_features, out_features, bias=bias, device=self.device)
 
     def column(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         """From the entered stream to this rank's features."""

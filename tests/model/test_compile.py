@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from nexa.config.schema import ModelConfig, NormConfig
-from nexa.model import attention
+from nexa.model import cpu_attention
 from nexa.model.decoder import Decoder
 from nexa.model.placement import PLACEMENTS
 
@@ -29,7 +29,7 @@ CASES = [
 
 @pytest.mark.parametrize(("option", "recompute"), CASES)
 def test_no_graph_breaks(option: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.cpu_attention, "pays", lambda: True)
+    monkeypatch.setattr(cpu_attention, "pays", lambda: True)
     model, norm = OPTIONS[option]
     decoder = Decoder(ModelConfig(**{**SHAPE, **model}), NormConfig(**norm)).bfloat16()
     decoder.model.recompute = recompute  # type: ignore[assignment]
@@ -37,6 +37,7 @@ def test_no_graph_breaks(option: str, recompute: str, monkeypatch: pytest.Monkey
     counters.clear()
     for layer in decoder.model.layers:
         layer.self_attn.choose_kernel()
+        layer.mlp.choose_kernel()
     for part in (*decoder.model.layers, decoder.model.embed_norm, decoder.model.norm):
         if part is not None:
             part.compile(backend="aot_eager")
