@@ -47,8 +47,8 @@ class Layout:
 
     processes: int
     zero_stage: int = 0
-    tensor_parallel_size: int = 1
-    sequence_parallel: bool = False
+    tensor: int = 1
+    sequence: bool = False
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -103,7 +103,7 @@ def worker(name: str, shape: str, precision: str) -> None:
     layout = LAYOUTS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = Setting(SHAPES[shape], precision, device)
-    micro_batch = setting.shape.batch * layout.tensor_parallel_size // layout.processes
+    micro_batch = setting.shape.batch * layout.tensor // layout.processes
     topology = connect(setting.config(layout.parallel, micro_batch))
     setting = Setting(setting.shape, precision, topology.device)
     if device.type == "cpu":

@@ -70,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory() as folder:
-        one(1, ("train.steps=6", *arguments.keys), Path(folder, "first"))  # makes the store, fills the page cache
+        one(1, tuple(arguments.keys), Path(folder, "first"))  # makes the store, fills the page cache
         for number in range(arguments.rounds):
             for name, (processes, keys) in CASES.items():
                 run = Path(folder, f"{len(results[name])}_{number}_{name.replace(' ', '_')}")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks.studies import (
     continual,
@@ -30,6 +32,7 @@ from nexa.config.files import to_yaml
 from nexa.config.schema import Config
 from nexa.growth.stages import budget, sizes
 from nexa.optim import learning_rate
+from nexa.optim.build import build, settings
 
 
 def test_the_placement_study_is_valid_and_compares_one_thing() -> None:
@@ -253,7 +256,26 @@ def test_the_study_of_optimizers_is_valid_and_compares_one_thing() -> None:
             }
     assert all(dataclasses.replace(cfg, optim=found["muon"].optim) == found["muon"] for cfg in found.values())
     tuned = [found[name].optim for name in optimizers.BASELINES]
-    assert len({(tuple(one.betas), one.weight_decay) for one in tuned}) == len(tuned) == 4
+    assert len({(tuple(one.betas), one.weight_decay, one.name) for one in tuned}) == len(tuned) == 5
+
+
+def test_what_stands_for_adam_with_another_rate_outside_matrices_is_that() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"model.layers.0.mlp.up_proj.weight": (6, 4), "lm_head.weight": (5, 4), "model.norm.weight": (4,)}
+    start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    mine, plain = ({name: nn.Parameter(value.clone()) for name, value in start.items()} for _ in range(2))
+    cfg = compose(["optim=frugal", *optimizers.OUTSIDE])
+    ours = build(named_parameters=mine.items(), **{**settings(cfg), "lr": 1e-2})
+    groups = [{"params": [p], "lr": 1e-2 * (1 if "mlp" in name else 4)} for name, p in plain.items()]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for _ in range(5):
+        for name, shape in shapes.items():
+            mine[name].grad = torch.randn(shape, generator=generator)
+            plain[name].grad = mine[name].grad.clone()
+        ours.step()
+        adam.step()
+    for name in shapes:
+        torch.testing.assert_close(mine[name], plain[name], rtol=1e-5, atol=1e-6)
 
 
 def bowls(best: dict[str, float], diverging: Sequence[str] = ()) -> Callable[..., dict[str, dict]]:

@@ -60,11 +60,14 @@ class Contestant:
     overrides: tuple[str, ...] = ()
 
 
+OUTSIDE = ("optim.density=1", "optim.refresh_every=100000", "optim.betas=[0.9,0.95]", "optim.rest_lr_ratio=4")
+"""FRUGAL that leaves nothing out and refreshes nothing is Adam on matrices, with another rate outside of them."""
 METHODS: dict[str, Contestant] = {
     "adamw": Contestant("adamw", 4e-3),
     "adamw_slow": Contestant("adamw", 4e-3, ("optim.betas=[0.9,0.999]",)),
     "adamw_free": Contestant("adamw", 4e-3, ("optim.weight_decay=0",)),
     "adamw_slow_free": Contestant("adamw", 4e-3, ("optim.betas=[0.9,0.999]", "optim.weight_decay=0")),
+    "adamw_outside": Contestant("frugal", 4e-3, OUTSIDE),
     "muon": Contestant("muon", 4e-3),
     "conda": Contestant("conda", 1e-2, ("optim.refresh_every=100",)),
     "stable_spam": Contestant("stable_spam", 4e-3, ("optim.reset_every=200",)),
@@ -77,8 +80,10 @@ METHODS: dict[str, Contestant] = {
 }
 """Name -> contestant. Conda refreshes five times, as often as published; SPAM and Stable-SPAM reset twice (else once,
 at the end, or never); low-rank methods have the published quarter of the width. AdamW stands for itself four times:
-with the betas of GPT-3 and with PyTorch's, with decay and, as most of the others are published, without."""
-BASELINES = tuple(name for name, one in METHODS.items() if one.method == "adamw")
+with the betas of GPT-3 and with PyTorch's, with decay and, as most of the others are published, without; a fifth time
+with four times the rate in embedding, head and vectors, because GaLore and Conda scale the updates of matrices by 1/4
+and leave the rest to AdamW: what that alone does is no merit of theirs."""
+BASELINES = tuple(name for name in METHODS if name.startswith("adamw"))
 
 
 def name_of(variant: str, lr: float, seed: int) -> str:

@@ -33,6 +33,7 @@ TITLES = {
     "adamw_slow": "AdamW (beta2 0.999)",
     "adamw_free": "AdamW (no decay)",
     "adamw_slow_free": "AdamW (beta2 0.999, no decay)",
+    "adamw_outside": "AdamW (4 x the rate outside matrices)",
     **{name: name for name in METHODS if name not in BASELINES},
 }
 Results = Mapping[str, Any]
@@ -188,6 +189,7 @@ def draw(found: Mapping[str, Search], path: Path) -> None:
         gaps = [loss - theirs[seed] for seed, loss in search.at_best.items() if seed in theirs]
         right.plot(gaps, [len(shown) - number] * len(gaps), "o", color=colour)
     left.set(xlabel="rate over the method's best", ylabel="validation loss, nats a token", xscale="log")
+    left.set_xlim(right=left.get_xlim()[1] * 15)  # room for the legend
     right.set(xlabel=f"best loss against {TITLES[base]}'s (one point a seed)")
     finish(figure, [TITLES[name] for name in shown], path)
 
@@ -257,8 +259,10 @@ Stopped, the first command goes on. The second prints this page. {about}
 A BPE of {vocab:,} tokens, {blocks} blocks of width {width} ({parameters:.2f}M parameters), {steps} steps of {batch:,}
 tokens, fp32. Initial weights, order of the data, warm-up ({warmup} steps), cosine to a tenth, clipping at {clip:g} and
 evaluation are those of the seed, whatever the method. A method has its file in `conf/optim`, decay included; AdamW is
-tried with two sets of betas, and with and without decay. Periods that are meant for long runs are shorter (Conda's
-basis every 100 steps, resets of SPAM and Stable-SPAM every 200), ranks are a quarter of the width.
+tried with two sets of betas, with and without decay, and with 4 times the rate outside matrices (GaLore and Conda
+multiply the updates of matrices by 1/4 and leave the rest to AdamW: what that alone does is no merit of theirs).
+Periods that are meant for long runs are shorter (Conda's basis every 100 steps, resets of SPAM and Stable-SPAM every
+200), ranks are a quarter of the width.
 
 Rates are a factor of {ratio:g} apart: {grid} for each method, and up to two more where the best is the first or the
 last of them. The rate is that of all parameters, but for the factor that some files have for what AdamW serves
@@ -285,7 +289,7 @@ Loss at every rate:
 
 ## What this cannot say
 
-- A factor of {ratio:g} is a coarse grid, and the lowest of a few is partly luck; AdamW has four times as many tries as
+- A factor of {ratio:g} is a coarse grid, and the lowest of a few is partly luck; AdamW has five times as many tries as
   the others. Differences as small as those of seeds say nothing, and {seeds} seeds say little of seeds.
 - {tokens:.1f} tokens for each parameter in {steps} steps: what a method does early. Resets, bases and averages that pay
   over ten thousand steps have little time, and their shortened periods are a guess.
