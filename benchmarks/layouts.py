@@ -5,8 +5,8 @@ DistributedDataParallel and against one process.
 
 The global batch is the same for all, and so are model, initial weights, AdamW and clipping (benchmarks/step.py). On a
 CPU two processes have half of the threads each. DDP's loop is the decoder compiled as ours, with fp32 masters on every
-rank. Contestants stay alive and take turns; the median counts. The loss of the last step, over the whole batch, must
-agree.
+rank; it sums gradients in bf16, and a second time in fp32, as nexa's engine does. Contestants stay alive and take
+turns; the median counts. The loss of the last step, over the whole batch, must agree.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ from nexa.hardware import keep_freed_memory
 from nexa.parallel.engine import Engine
 from nexa.parallel.topology import Topology, connect
 
-DDP = "DDP"
+DDP, DDP_WIDE = "DDP", "DDP, fp32 sums"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Layout:
 LAYOUTS = {
     "one process": Layout(1),
     DDP: Layout(2),
+    DDP_WIDE: Layout(2),
     "ZeRO 0": Layout(2, 0),
     "ZeRO 1": Layout(2, 1),
     "ZeRO 2": Layout(2, 2),
@@ -68,11 +70,14 @@ LAYOUTS = {
 }
 
 
-def ddp(setting: Setting, topology: Topology) -> Step:
-    """A plain loop around DistributedDataParallel."""
+def ddp(setting: Setting, topology: Topology, wide: bool) -> Step:
+    """A plain loop around DistributedDataParallel. wide: gradients are summed in fp32, as nexa sums them."""
     model = setting.decoder().to(setting.device, setting.dtype)
     model.compile_parts()
     wrapped = DistributedDataParallel(model, process_group=topology.data_group)
+    if wide:
+        # DDP reads names and annotations, and not as text
+        wrapped.register_comm_hook(topology.data_group, lambda group, bucket: _mean_in_fp32(group, bucket))
     optimizer = MasterAdamW(list(model.parameters()))
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:
@@ -82,6 +87,13 @@ def ddp(setting: Setting, topology: Topology) -> Step:
         return loss.detach()
 
     return step
+
+
+def _mean_in_fp32(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    gradient = bucket.buffer()
+    total = gradient.float() / dist.get_world_size(group)
+    work = dist.all_reduce(total, group=group, async_op=True)
+    return work.get_future().then(lambda _: total.to(gradient.dtype))
 
 
 def engine(setting: Setting, layout: Layout, micro_batch: int, topology: Topology) -> Step:
@@ -108,7 +120,10 @@ def worker(name: str, shape: str, precision: str) -> None:
     setting = Setting(setting.shape, precision, topology.device)
     if device.type == "cpu":
         keep_freed_memory()
-    step = ddp(setting, topology) if name == DDP else engine(setting, layout, micro_batch, topology)
+    if name in {DDP, DDP_WIDE}:
+        step = ddp(setting, topology, name == DDP_WIDE)
+    else:
+        step = engine(setting, layout, micro_batch, topology)
     mine = slice(topology.data_rank * micro_batch, (topology.data_rank + 1) * micro_batch)
     job = {"vocab": setting.shape.model.vocab_size, "rows": setting.shape.batch, "length": setting.shape.length}
 

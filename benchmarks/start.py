@@ -73,7 +73,7 @@ def main() -> None:
         one(1, tuple(arguments.keys), Path(folder, "first"))  # makes the store, fills the page cache
         for number in range(arguments.rounds):
             for name, (processes, keys) in CASES.items():
-                run = Path(folder, f"{len(results[name])}_{number}_{name.replace(' ', '_')}")
+                run = Path(folder, f"{number}_{list(CASES).index(name)}")
                 results[name].append(one(processes, (*keys, *arguments.keys), run))
     print(f"{'':24}{'first row s':>12}{'step ms':>10}{'waiting':>10}{'first save':>12}{'later saves':>13}")
     for name, found in results.items():

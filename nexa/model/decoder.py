@@ -148,10 +148,13 @@ class Decoder(nn.Module):
         return result if labels is not None else result.view(*input_ids.shape, -1)
 
     def compile_parts(self) -> None:
-        """torch.compile where it pays: each block (one compilation serves all equal ones), norms and the loss."""
+        """torch.compile where it pays: each block (one compilation serves all equal ones), norms and the loss.
+
+        Their `forward`, so that hooks on them, as ZeRO-3 has, run around what is compiled and do not break it up.
+        """
         for part in (*self.model.layers, self.model.embed_norm, self.model.norm):
             if part is not None:
-                part.compile()
+                part.forward = torch.compile(part.forward)
             if isinstance(part, Block):
                 part.self_attn.choose_kernel()
                 part.mlp.choose_kernel()

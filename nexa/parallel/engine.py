@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,7 +58,6 @@ class StepResult:
 
 
 def _import_deepspeed(device_type: str) -> Any:
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
@@ -156,6 +154,9 @@ class Engine:
             assert isinstance(block, Block)
             for parameter in block.borrowed():
                 deepspeed.zero.register_external_parameter(block, parameter)
+        if cfg.train.compile:
+            # hooks that gather and free inside of a block would break up what is compiled: a block is gathered whole
+            deepspeed.utils.set_z3_leaf_modules(decoder, [Block])
         return decoder
 
     def _check_layout(self) -> None:

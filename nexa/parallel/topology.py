@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -139,6 +140,8 @@ def _threads(environment: Mapping[str, str], cores: int, local_world: int) -> in
 
 def connect(cfg: Config) -> Topology:
     """Join the process group under `torchrun`, or be a world of one without it; build all groups."""
+    # deprecated names, of which the new ones are not in every version of PyTorch that serves
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = choose_device(cfg.train.device, local_rank)
     if device.type == "cuda":

@@ -3,6 +3,7 @@ final weights."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from nexa.config.build import from_mapping
 from nexa.scaling.layout import full_shapes, local_shape
 from tests.dist.common import PLACEMENTS, check, config, deviation, reference, run_jobs
+from tests.conftest import run_command
 from tests.dist.grid import STAGES, parallel
 
 TP2, TP2_SP = (2, 1, False), (2, 1, True)
@@ -146,4 +148,13 @@ def test_grid(tmp_path: Path, placement: str, processes: int) -> None:
 @pytest.mark.slow
 def test_compiled_blocks_with_collectives_inside(tmp_path: Path) -> None:
     compiled = {"compile": True}
-    check(tmp_path, [config("peri", train=compiled, parallel=parallel(1, layout)) for layout in (TP2, TP2_SP)], 2)
+    mappings = [config("peri", train=compiled, parallel=parallel(1, layout)) for layout in (TP2, TP2_SP)]
+    check(tmp_path, [*mappings, config("peri", train=compiled, parallel=parallel(3, (1, 2, False)))], 2)
+
+
+def test_what_gathers_at_stage_3_does_not_break_up_compiled_blocks() -> None:
+    done = run_command("-m", "tests.dist.compile_worker", processes=2, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    # one graph for all blocks, forward and backward; one for the last norm; one for the loss
+    assert found["breaks"] == {} and 0 < found["graphs"] <= 4, found
