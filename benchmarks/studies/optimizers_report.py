@@ -296,8 +296,8 @@ Loss at every rate:
 - The rarest events, such as the spikes that SPAM is made for, hardly come in runs this short with clipping.
 - At a width of {width} a low rank is {rank}; embedding and head are {share:.0%} of the parameters, and most methods
   leave them to AdamW. Memory, for which many of these methods are made, is no question at this size.
-- Only AdamW was tried with another rate outside matrices, once. SPAM, Stable-SPAM and the others may gain by it as well,
-  and AdamW by more than one try.
+- Only AdamW was tried with another rate outside matrices, once. SPAM, Stable-SPAM and the others may gain by it as
+  well, and AdamW by more than one try.
 - One corpus, one schedule, one batch size, fp32. Published comparisons are at 60M to 7B parameters.
 """
 
