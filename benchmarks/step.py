@@ -31,7 +31,7 @@ from benchmarks.master_adamw import BETAS, CLIP, EPS, LR, MasterAdamW
 from benchmarks.peers import Turn, peer
 from benchmarks.shapes import SHAPES, Shape, default_shape
 from nexa.cli.plan import layout_of
-from nexa.config.schema import Config, OptimConfig, ParallelConfig, TrainConfig
+from nexa.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from nexa.hardware import keep_freed_memory, peak_flops
 from nexa.interop.huggingface import config_json
 from nexa.model.decoder import Decoder
@@ -70,6 +70,7 @@ class Setting:
         """Of a run of train.py."""
         return Config(
             model=self.shape.model,
+            data=DataConfig(sequence_length=self.shape.length),
             train=TrainConfig(
                 steps=10**6,
                 global_batch_size=self.shape.batch,

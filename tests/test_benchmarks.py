@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from benchmarks import loader, optimizers, start
 from benchmarks.master_adamw import MasterAdamW
 from benchmarks.optimizers import Taken
 from benchmarks.shapes import Shape
-from benchmarks.step import Setting, batches, products
+from benchmarks.step import Setting, batches, planned, products
 from nexa.config.schema import ModelConfig
 
 TINY = Shape(
@@ -62,6 +63,8 @@ def test_what_all_contestants_of_a_step_share() -> None:
     assert optimizer.masters is optimizer.parameters, "fp32 weights are their own masters"
     ids, labels = batches(TINY, setting.device)()
     assert ids.shape == (TINY.batch, TINY.length) and torch.equal(ids[:, 1:], labels[:, :-1])
+    shorter = replace(setting, shape=replace(TINY, length=TINY.length // 2))
+    assert planned(setting) > planned(shorter), "activations of all tokens are in the plan"
     assert products(setting)() > 0 and TINY.flops == pytest.approx(
         TINY.tokens * (6 * (4 * 16 * 16 + 3 * 16 * 24 + 16 * 32) + 12 * 2 * 8 * 8)
     )
