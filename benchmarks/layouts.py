@@ -193,12 +193,13 @@ def main() -> None:
         for name, turn in contestants.items():
             taken, losses[name] = turn(arguments.steps)
             seconds[name] += taken
-    base = statistics.median(seconds.get(DDP) or next(iter(seconds.values())))
+    against = DDP if DDP in seconds else next(iter(seconds))
+    base = statistics.median(seconds[against])
     device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     print(
         f"{device}, {torch.get_num_threads()} threads in all, torch {torch.__version__}, {arguments.precision}, {shape}"
     )
-    print(f"{'':16}{'ms/step':>9}{'fastest':>9}{'tokens/s':>10}{'to DDP':>8}{'loss':>9}")
+    print(f"{'':16}{'ms/step':>9}{'fastest':>9}{'tokens/s':>10}{'ratio':>8}{'loss':>9}   (to {against})")
     results = {}
     for name, times in seconds.items():
         median = statistics.median(times)

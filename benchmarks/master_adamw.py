@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 LR, BETAS, EPS, CLIP = 3e-4, (0.9, 0.95), 1e-8, 1.0
 
@@ -33,3 +35,17 @@ class MasterAdamW:
             torch._foreach_copy_(self.parameters, self.masters)
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def training_step(
+    loss_of: Callable[[Tensor, Tensor], Tensor], optimizer: MasterAdamW
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A step on ids and labels [rows, length], which gives the loss. loss_of: the mean loss of them."""
+
+    def step(ids: Tensor, labels: Tensor) -> Tensor:
+        loss = loss_of(ids, labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from litgpt import GPT, Config
 from litgpt.utils import chunked_cross_entropy
-from master_adamw import MasterAdamW
+from master_adamw import MasterAdamW, training_step
 from peer_turns import take_turns, the_job
 from safetensors.torch import load_file
-from torch import Tensor
 
 
 def renamed(weights: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
@@ -55,14 +54,7 @@ def main() -> None:
     model = model.to(device, dtype)
     model.cos, model.sin = model.rope_cache(device=device)  # not rounded
     compiled, optimizer = torch.compile(model), MasterAdamW(list(model.parameters()))
-
-    def step(ids: Tensor, labels: Tensor) -> Tensor:
-        loss = chunked_cross_entropy(compiled(ids), labels)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    take_turns(job, device, step)
+    take_turns(job, device, training_step(lambda ids, labels: chunked_cross_entropy(compiled(ids), labels), optimizer))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from master_adamw import MasterAdamW
+from master_adamw import MasterAdamW, training_step
 from peer_turns import take_turns, the_job
 from safetensors.torch import load_file
 from torch import Tensor
@@ -94,13 +94,11 @@ def main() -> None:
         layer.compile(fullgraph=True)
     compiled_loss, optimizer = torch.compile(cross_entropy_loss), MasterAdamW(list(model.parameters()))
 
-    def step(ids: Tensor, labels: Tensor) -> Tensor:
-        loss = compiled_loss(model(ids), labels) / labels.numel()
-        loss.backward()
-        optimizer.step()
-        return loss
+    def loss_of(ids: Tensor, labels: Tensor) -> Tensor:
+        mean: Tensor = compiled_loss(model(ids), labels) / labels.numel()
+        return mean
 
-    take_turns(job, device, step)
+    take_turns(job, device, training_step(loss_of, optimizer))
 
 
 if __name__ == "__main__":

@@ -28,46 +28,23 @@ class Shape:
         return flops_per_token(self.model, Config().norm, self.length) * self.tokens
 
 
+def _llama(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, length: int) -> Shape:
+    model = ModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=length,
+        attention="auto",
+    )
+    return Shape(model, batch=8, length=length)
+
+
 SHAPES = {
-    "34m": Shape(
-        ModelConfig(
-            vocab_size=8192,
-            hidden_size=512,
-            intermediate_size=1376,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            max_position_embeddings=256,
-            attention="auto",
-        ),
-        batch=8,
-        length=256,
-    ),
-    "134m": Shape(
-        ModelConfig(
-            vocab_size=32000,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            max_position_embeddings=256,
-            attention="auto",
-        ),
-        batch=8,
-        length=256,
-    ),
-    "1b": Shape(
-        ModelConfig(
-            vocab_size=32000,
-            hidden_size=2048,
-            intermediate_size=5504,
-            num_hidden_layers=24,
-            num_attention_heads=32,
-            max_position_embeddings=2048,
-            attention="auto",
-        ),
-        batch=8,
-        length=2048,
-    ),
+    "34m": _llama(8192, 512, 1376, 8, 8, 256),
+    "134m": _llama(32000, 768, 2048, 12, 12, 256),
+    "1b": _llama(32000, 2048, 5504, 24, 32, 2048),
 }
 """For CPUs (LLaMA 130M the second), and for one GPU (the 1B size with a feed-forward that is a multiple of 128)."""
 

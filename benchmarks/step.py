@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.master_adamw import BETAS, CLIP, EPS, LR, MasterAdamW
+from benchmarks.master_adamw import BETAS, CLIP, EPS, LR, MasterAdamW, training_step
 from benchmarks.peers import Turn, peer
 from benchmarks.shapes import SHAPES, Shape, default_shape
 from nexa.cli.plan import layout_of
@@ -90,14 +90,7 @@ def bare_loop(model: Decoder, setting: Setting) -> Step:
     model = model.to(setting.device, setting.dtype)
     model.compile_parts()
     optimizer = MasterAdamW(list(model.parameters()))
-
-    def step(ids: Tensor, labels: Tensor) -> Tensor:
-        loss = model(ids, labels) / labels.numel()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    return training_step(lambda ids, labels: model(ids, labels) / labels.numel(), optimizer)
 
 
 def nexa_loop(setting: Setting) -> Step:
@@ -131,15 +124,10 @@ def transformers_llama(setting: Setting) -> Step:
     model = model.to(setting.device, setting.dtype).train()
     compiled = torch.compile(model)
     optimizer = MasterAdamW(list(model.parameters()))
-
-    def step(ids: Tensor, labels: Tensor) -> Tensor:
-        # shift_labels: the labels stand already one to the left, as nexa's do
-        loss = compiled(input_ids=ids, labels=labels, shift_labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    # shift_labels: the labels stand already one to the left, as nexa's do
+    return training_step(
+        lambda ids, labels: compiled(input_ids=ids, labels=labels, shift_labels=labels).loss, optimizer
+    )
 
 
 HERE: dict[str, Callable[[Setting], Step]] = {

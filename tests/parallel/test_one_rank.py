@@ -135,3 +135,28 @@ def test_measuring_changes_nothing(topology: Topology, precision: str) -> None:
             assert float(engine.step(LR, measure=measure).grad_norm) > 1e-2
     for mine, other in zip(*(engine.module.parameters() for engine in engines), strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_one_step_is_divided_and_not_the_next(at_once: bool, skipped: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(5, 4, bias=False)
+    plain = copy.deepcopy(module)
+    settings = {"lr": 0.1, "eps": 0.3}  # an eps beside which the size of a gradient matters
+    engine = OneRank(module, torch.optim.AdamW(module.parameters(), fused=True, **settings), accumulation=1)
+    reference = torch.optim.AdamW(plain.parameters(), foreach=False, **settings)
+    for divisor in (4.0, None, 7.0):
+        x = torch.randn(3, 5)
+        engine.backward(engine.module(x).square().sum())
+        plain.zero_grad()
+        plain(x).square().sum().backward()
+        assert plain.weight.grad is not None
+        if divisor is not None:
+            engine.divide(torch.tensor(divisor), at_once)
+            plain.weight.grad /= divisor
+        update = not (skipped and divisor == 4.0)
+        engine.step(update)
+        if update:
+            reference.step()
+        torch.testing.assert_close(module.weight, plain.weight, rtol=1e-5, atol=1e-6)
