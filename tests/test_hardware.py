@@ -1,6 +1,7 @@
 """Peak FLOP/s: the device's own or none."""
 
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +89,27 @@ def test_freed_memory_is_not_faulted_in_again():
     assert kept == "True", done.stderr
     # the pages of the first allocation are there; without it each of the ten brings its own
     assert int(after) < 20 < int(before)
+
+
+LARGE = """
+import torch
+from nexa.hardware import keep_freed_memory
+
+keep_freed_memory()
+address, inside = torch.ones(20 << 20).data_ptr() + (1 << 20), False  # not the page that the heap ended in
+for line in open("/proc/self/smaps"):
+    if "-" in line.split()[0]:
+        start, stop = (int(end, 16) for end in line.split()[0].split("-"))
+        inside = start <= address < stop
+    elif inside and line.startswith("VmFlags:"):
+        print(line)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without large pages")
+def test_what_is_allocated_then_asks_for_large_pages():
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        pytest.skip("the kernel counts promises of memory")
+    done = run_command("-c", LARGE)
+    assert "hg" in done.stdout.split(), done.stdout + done.stderr

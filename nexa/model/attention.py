@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nexa.config.schema import ModelConfig, NormConfig
 from nexa.errors import UserError
-from nexa.model import cpu_attention
+from nexa.model import cpu_attention, cpu_linear
 from nexa.model.layers import Features, Layers
 from nexa.model.norms import FullWidthRMSNorm, RMSNorm, at_least_fp32
 from nexa.model.placement import BlockPlan
@@ -140,8 +140,9 @@ class SelfAttention(nn.Module):
         self._scales_output = plan.head_scale == "output"
 
     def choose_kernel(self) -> None:
-        """To be called when the block is compiled: `cpu_attention` pays only then."""
-        self.by_products = self._any_kernel and cpu_attention.pays()
+        """To be called when the block is compiled: `cpu_attention` and `cpu_linear` pay only then."""
+        self.by_products = self._any_kernel
+        cpu_linear.choose(self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj, wide=False)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, d] or [tokens, d] -> the same."""

@@ -1,39 +1,34 @@
-"""Causal attention for processors with bf16 matrix units (AMX): flash attention forward, matrix products backward.
+"""Causal attention for CPUs: batched matrix products over blocks of queries, forward and backward.
 
-PyTorch's flash attention for CPUs has a slow backward pass in bf16: it works in small blocks that each go through the
-conversion of a general product. The same gradient by batched products over blocks of queries, with probabilities made
-again from the forward pass's log-sum-exp (Dao et al. 2022, arXiv 2205.14135, appendix B.4), takes half the time for
-sequences of 256: see docs/benchmarks.md.
+PyTorch's flash attention for CPUs works in small blocks that each go through the conversion of a general product, and
+makes the probabilities again for its backward pass. Here blocks are large, all heads are one product, and what the
+softmax exponentiated is kept: half the time for sequences of 256, for as many numbers a token, head and layer as
+the sequence is long. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nexa.hardware import cpu_units
+
 BLOCK = 128
-"""Queries at a time: a backward pass has their scores in memory."""
+"""Queries at a time: less has smaller products, more has more that causality forbids."""
 LONGEST = 1024
-"""Beyond, nothing was gained, and scores would take memory that grows with the square of the length."""
+"""Beyond, what is kept would be more than all else that a layer keeps."""
+UNITS = {torch.bfloat16: "avx512_bf16", torch.float32: "avx512_f"}
+"""What a CPU must have, as PyTorch calls it, for this to be faster in a dtype: that is where it was measured."""
 UPPER_HALF = -(1 << 16)
 """The bits of an fp32 number that bf16 has."""
 FORBIDDEN = 1e30
 """Taken off the scores of positions ahead."""
 
 
-@functools.cache
-def pays() -> bool:
-    """Whether this machine's CPU has matrix units for bf16."""
-    tell = getattr(torch.cpu, "get_capabilities", None)  # not in every version of PyTorch that serves
-    return tell is not None and bool(tell().get("amx_bf16", False))
-
-
 def serves(dtype: torch.dtype, device: torch.device, length: int) -> bool:
-    """Whether this is the attention of a causal forward pass: with a gradient, in bf16, on a CPU, not too long."""
-    return torch.is_grad_enabled() and dtype == torch.bfloat16 and device.type == "cpu" and length <= LONGEST
+    """Whether this is the attention of a causal forward pass: with a gradient, on such a CPU, not too long."""
+    return torch.is_grad_enabled() and device.type == "cpu" and UNITS.get(dtype) in cpu_units() and length <= LONGEST
 
 
 def ahead(length: int) -> Tensor:
@@ -47,7 +42,10 @@ def ahead(length: int) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """softmax(q k^T * scale + causal mask) v; all [B, heads, T, head_dim]. mask: `ahead(T)`."""
+    """softmax(q k^T * scale + causal mask) v; all [B, heads, T, head_dim], bf16 or fp32. mask: `ahead(T)`.
+
+    Scores are fp32 for bf16 inputs, too: rounded to bf16, a score of 20 would be off by as much as 0.06.
+    """
     y: Tensor = _CausalAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), scale, mask)
     return y
 
@@ -59,51 +57,61 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v, scale, mask = args
         assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and isinstance(scale, float)
         assert isinstance(mask, Tensor)
-        y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-        ctx.save_for_backward(q, k, v, y, log_sum, mask)
+        queries, keys, values = _flat(q).float(), _flat(k).float(), _flat(v)
+        results, kept, factors = [], [], []
+        for mine, seen in _blocks(q.shape[2]):
+            first = mask.shape[1] - BLOCK - mine.start
+            hidden = mask[: mine.stop - mine.start, first : first + seen.stop]
+            scores = (queries[:, mine] @ keys[:, seen].mT) * scale + hidden
+            e = torch.exp(scores - scores.amax(-1, keepdim=True))
+            factors.append(1 / e.sum(-1, keepdim=True))
+            kept.append(e.to(v.dtype))
+            results.append(((kept[-1] @ values[:, seen]).float() * factors[-1]).to(v.dtype))
+        y = torch.cat(results, 1).view(q.shape)
+        ctx.save_for_backward(q, k, v, y, torch.cat(factors, 1), *kept)
         ctx.scale = scale  # type: ignore[attr-defined]
         return y
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
-        q, k, v, y, log_sum, mask = ctx.saved_tensors  # type: ignore[attr-defined]
-        found = gradients(q, k, v, y, log_sum, grads[0], ctx.scale, mask)  # type: ignore[attr-defined]
+        q, k, v, y, factor, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
+        found = _gradients(q, k, v, y, grads[0], factor, kept, ctx.scale)  # type: ignore[attr-defined]
         return *found, None, None
 
 
-def gradients(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sum: Tensor, dy: Tensor, scale: float, mask: Tensor
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, factor: Tensor, kept: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v [B, heads, T, head_dim], from the output y, its gradient dy, and log_sum [B, heads, T].
+    """Of q, k and v [B, heads, T, head_dim], from the output y, its gradient dy and the probabilities, which are
+    `factor` [B * heads, T, 1] fp32 times `kept`, one [B * heads, queries, keys] for each block.
 
-    What the softmax takes off its scores, and off their gradient, is taken off inside the products, as two more
-    features: products are rounded to bf16, and the logarithm of a probability that counts is small where its score
-    need not be.
+    What the softmax takes off the gradient of its probabilities is taken off inside a product, as two more features:
+    products are rounded to the inputs' dtype, and here small numbers are differences of large ones.
     """
-    shape, length = q.shape, q.shape[2]
-    delta = (dy.float() * y.float()).sum(-1)
-    q_less, dy_less = (_flat(_with_two(*pair)) for pair in ((q, -log_sum / scale), (dy, -delta)))
-    k_one, v_one = (_flat(F.pad(x, (0, 2), value=1.0)) for x in (k, v))
-    q, k, dy = _flat(q), _flat(k), _flat(dy)
+    shape, length, dtype = q.shape, q.shape[2], q.dtype
+    less, one = _with_two(dy, -(dy.float() * y.float()).sum(-1)), F.pad(v, (0, 2), value=1.0)
+    less, one, q, k = (_flat(each) for each in (less, one, q, k))
+    divided = (_flat(dy).float() * factor).to(dtype)
     dq, dk, dv = [], torch.zeros(()), torch.zeros(())
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
-        mine, seen = slice(start, stop), slice(0, stop)
-        log_p, dp = q_less[:, mine] @ k_one[:, seen].mT, dy_less[:, mine] @ v_one[:, seen].mT
-        first = mask.shape[1] - BLOCK - start
-        hidden = mask[: stop - start, first : first + stop]
-        p = torch.exp(log_p.float() * scale + hidden)
-        ds = (p * dp.float() * scale).to(q.dtype)
+    for e, (mine, seen) in zip(kept, _blocks(length), strict=True):
+        dp = less[:, mine] @ one[:, seen].mT
+        ds = (e.float() * (factor[:, mine] * scale) * dp.float()).to(dtype)
         dq.append(ds @ k[:, seen])
-        behind = (0, 0, 0, length - stop)
+        behind = (0, 0, 0, length - seen.stop)
         dk = dk + F.pad((ds.mT @ q[:, mine]).float(), behind)
-        dv = dv + F.pad((p.to(q.dtype).mT @ dy[:, mine]).float(), behind)
-    return torch.cat(dq, 1).view(shape), dk.to(q.dtype).view(shape), dv.to(q.dtype).view(shape)
+        dv = dv + F.pad((e.mT @ divided[:, mine]).float(), behind)
+    return torch.cat(dq, 1).view(shape), dk.to(dtype).view(shape), dv.to(dtype).view(shape)
+
+
+def _blocks(length: int) -> list[tuple[slice, slice]]:
+    """Queries and the keys that they see, in order."""
+    stops = [min(start + BLOCK, length) for start in range(0, length, BLOCK)]
+    return [(slice(start, stop), slice(0, stop)) for start, stop in zip(range(0, length, BLOCK), stops, strict=True)]
 
 
 def _with_two(x: Tensor, addend: Tensor) -> Tensor:
-    """x [..., n] bf16 and addend [...] fp32, split into two bf16 features: [..., n + 2]."""
+    """x [..., n] and addend [...] fp32, split into two features of x's dtype: [..., n + 2]."""
     high = (addend.view(torch.int32) & UPPER_HALF).view(torch.float32)  # a compiler takes a cast there and back away
     return torch.cat((x, high.to(x.dtype)[..., None], (addend - high).to(x.dtype)[..., None]), -1)
 

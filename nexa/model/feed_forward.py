@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexa.config.schema import ModelConfig
-from nexa.model import cpu_attention
-from nexa.model.cpu_linear import Linear
+from nexa.model import cpu_linear
 from nexa.model.layers import Layers
 
 
@@ -23,10 +22,8 @@ class FeedForward(nn.Module):
         self.mid_norm = mid_norm
 
     def choose_kernel(self) -> None:
-        """To be called when the block is compiled: `cpu_linear` pays only then, and only for matrices as these."""
-        for layer in (self.gate_proj, self.up_proj, self.down_proj):
-            if isinstance(layer, Linear):
-                layer.turned = cpu_attention.pays()
+        """To be called when the block is compiled: `cpu_linear` pays only then."""
+        cpu_linear.choose(self.gate_proj, self.up_proj, self.down_proj, wide=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""

@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from nexa.config.schema import ModelConfig, NormConfig
-from nexa.model import cpu_attention
+from nexa.model import cpu_attention, cpu_linear
+from nexa.model.cpu_linear import OneDnn
 from nexa.model.decoder import Decoder
 from nexa.model.placement import PLACEMENTS
 
@@ -27,11 +28,13 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("option", "recompute"), CASES)
-def test_no_graph_breaks(option: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "pays", lambda: True)
+def test_no_graph_breaks(option: str, recompute: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "cpu_units", lambda: {cpu_attention.UNITS[dtype]})
+    monkeypatch.setattr(cpu_linear, "ways", lambda wide: {torch.bfloat16: cpu_linear.Turned, torch.float32: OneDnn})
     model, norm = OPTIONS[option]
-    decoder = Decoder(ModelConfig(**{**SHAPE, **model}), NormConfig(**norm)).bfloat16()
+    decoder = Decoder(ModelConfig(**{**SHAPE, **model}), NormConfig(**norm)).to(dtype)
     decoder.model.recompute = recompute  # type: ignore[assignment]
     torch.compiler.reset()
     counters.clear()

@@ -1,4 +1,4 @@
-"""The other way to the gradient of a weight is no other gradient."""
+"""The other ways to the products of a linear layer lead to the same ones."""
 
 from __future__ import annotations
 
@@ -7,45 +7,72 @@ import torch
 import torch.nn.functional as F
 
 from nexa.config.schema import ModelConfig, NormConfig
-from nexa.model import cpu_attention, cpu_linear
-from nexa.model.cpu_linear import Linear, _TurnedLinear
+from nexa.model import cpu_linear
+from nexa.model.cpu_linear import Linear, OneDnn, Turned
 from nexa.model.decoder import Decoder
+
+Ways = dict[torch.dtype, type[torch.autograd.Function]]
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 4, 5), (2, 3, 2, 5)])
-def test_gradients(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("way", [Turned, OneDnn])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients(shape: tuple[int, ...], way: type[torch.autograd.Function], compiled: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in (shape, (6, 5)))
-    assert torch.autograd.gradcheck(_TurnedLinear.apply, (x, weight))
-    torch.testing.assert_close(_TurnedLinear.apply(x, weight), F.linear(x, weight))
+    x, weight = (torch.randn(size, generator=generator, requires_grad=True) for size in (shape, (6, 5)))
+
+    def apply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return way.apply(x.sin(), weight)  # type: ignore[no-any-return]
+
+    y = (torch.compile(apply) if compiled else apply)(x, weight)
+    exact = F.linear(x.double().sin(), weight.double())
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-6)
+    dy = torch.randn(y.shape, generator=generator)
+    for mine, true in zip(
+        torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(exact, (x, weight), dy.double()), strict=True
+    ):
+        torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_used_for_bf16_with_a_gradient_and_without_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    monkeypatch.setattr(cpu_linear._TurnedLinear, "apply", lambda x, weight: used.append(x) or F.linear(x, weight))
-    x, layer = torch.randn(3, 5), Linear(5, 6, bias=False)
-    for dtype, turned, bias in (
-        (torch.bfloat16, False, False),
-        (torch.float32, True, False),
-        (torch.bfloat16, True, True),
+    monkeypatch.setattr(Turned, "apply", lambda x, weight: used.append(x) or F.linear(x, weight))
+    for dtype, ways, bias in (
+        (torch.bfloat16, {}, False),
+        (torch.float32, {torch.bfloat16: Turned}, False),
+        (torch.bfloat16, {torch.bfloat16: Turned}, True),
     ):
         layer = Linear(5, 6, bias=bias, dtype=dtype)
-        layer.turned = turned
-        layer(x.to(dtype))
+        layer.ways = ways
+        layer(torch.randn(3, 5, dtype=dtype))
     layer = Linear(5, 6, bias=False, dtype=torch.bfloat16)
-    layer.turned = True
+    layer.ways = {torch.bfloat16: Turned}
+    x = torch.randn(3, 5, dtype=torch.bfloat16)
     with torch.no_grad():
-        layer(x.bfloat16())
+        layer(x)
     assert not used
-    layer(x.bfloat16())
+    layer(x)
     assert len(used) == 1
 
 
-def test_a_model_that_is_compiled_uses_it_in_its_feed_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "units", "attention", "feed_forward"),
+    [
+        ("AMD EPYC 9654", {"avx512_f", "avx512_bf16"}, {torch.float32: OneDnn}, {torch.float32: OneDnn}),
+        ("AMD EPYC 7763", {"avx2"}, {}, {}),
+        ("Intel(R) Xeon(R) Platinum 8481C", {"avx512_f", "amx_bf16"}, {}, {torch.bfloat16: Turned}),
+        ("", set(), {}, {}),
+    ],
+)
+def test_what_pays_where(
+    name: str, units: set[str], attention: Ways, feed_forward: Ways, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_linear, "cpu_name", lambda: name)
+    monkeypatch.setattr(cpu_linear, "cpu_units", lambda: units)
     model = ModelConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-    for pays in (False, True):
-        monkeypatch.setattr(cpu_attention, "pays", lambda pays=pays: pays)
-        decoder = Decoder(model, NormConfig())
-        decoder.compile_parts()
-        turned = [name for name, layer in decoder.named_modules() if isinstance(layer, Linear) and layer.turned]
-        assert turned == ([f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")] if pays else [])
+    decoder = Decoder(model, NormConfig())
+    layers = {name: layer for name, layer in decoder.named_modules() if isinstance(layer, Linear)}
+    assert layers and not any(layer.ways for layer in layers.values()), "nothing before it is compiled"
+    decoder.compile_parts()
+    for name, layer in layers.items():
+        assert layer.ways == (feed_forward if ".mlp." in name else attention), name
