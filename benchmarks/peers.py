@@ -46,10 +46,16 @@ def peer(name: str, device: torch.device, shape: Shape, precision: str, weights:
 
     weights: the initial ones, by nexa's names.
     """
-    model = shape.model
     python, folder = environment(name), ENVIRONMENTS / name
     save_file({key: value.contiguous() for key, value in weights.items()}, folder / "weights.safetensors")
-    shape = {
+    job = {**the_job(device, shape, precision), "weights": str(folder)}
+    return turns([str(python), str(HERE / f"peer_{name}.py"), json.dumps(job)], name)
+
+
+def the_job(device: torch.device, shape: Shape, precision: str) -> dict[str, object]:
+    """What `peer_turns.the_job` reads."""
+    model = shape.model
+    return {
         "vocab": model.vocab_size,
         "width": model.hidden_size,
         "inner": model.intermediate_size,
@@ -60,9 +66,9 @@ def peer(name: str, device: torch.device, shape: Shape, precision: str, weights:
         "rows": shape.batch,
         "length": shape.length,
         "precision": precision,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
     }
-    job = {**shape, "device": device.type, "threads": torch.get_num_threads(), "weights": str(folder)}
-    return turns([str(python), str(HERE / f"peer_{name}.py"), json.dumps(job)], name)
 
 
 def turns(command: list[str], name: str, environment: dict[str, str] | None = None) -> Turn:

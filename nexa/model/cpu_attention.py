@@ -14,8 +14,9 @@ from torch import Tensor
 
 from nexa.hardware import cpu_units
 
-BLOCK = 128
-"""Queries at a time: less has smaller products, more has more that causality forbids."""
+BLOCKS = 64, 128
+"""Queries at a time, for sequences of up to four of the smaller and for others: less has smaller products, more has
+more that causality forbids."""
 LONGEST = 1024
 """Beyond, what is kept would be more than all else that a layer keeps."""
 UNITS = {torch.bfloat16: "avx512_bf16", torch.float32: "avx512_f"}
@@ -37,8 +38,9 @@ def ahead(length: int) -> Tensor:
 
     Made outside of what is compiled, which would make every number of it again, one by one.
     """
-    whole = -(-length // BLOCK) * BLOCK
-    return torch.full((BLOCK, whole), -FORBIDDEN).triu(whole - BLOCK + 1)
+    block = BLOCKS[length > 4 * BLOCKS[0]]
+    whole = -(-length // block) * block
+    return torch.full((block, whole), -FORBIDDEN).triu(whole - block + 1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
@@ -59,8 +61,8 @@ class _CausalAttention(torch.autograd.Function):
         assert isinstance(mask, Tensor)
         queries, keys, values = _flat(q).float(), _flat(k).float(), _flat(v)
         results, kept, factors = [], [], []
-        for mine, seen in _blocks(q.shape[2]):
-            first = mask.shape[1] - BLOCK - mine.start
+        for mine, seen in _blocks(q.shape[2], len(mask)):
+            first = mask.shape[1] - len(mask) - mine.start
             hidden = mask[: mine.stop - mine.start, first : first + seen.stop]
             scores = (queries[:, mine] @ keys[:, seen].mT) * scale + hidden
             e = torch.exp(scores - scores.amax(-1, keepdim=True))
@@ -94,7 +96,7 @@ def _gradients(
     less, one, q, k = (_flat(each) for each in (less, one, q, k))
     divided = (_flat(dy).float() * factor).to(dtype)
     dq, dk, dv = [], torch.zeros(()), torch.zeros(())
-    for e, (mine, seen) in zip(kept, _blocks(length), strict=True):
+    for e, (mine, seen) in zip(kept, _blocks(length, kept[0].shape[1]), strict=True):
         dp = less[:, mine] @ one[:, seen].mT
         ds = (e.float() * (factor[:, mine] * scale) * dp.float()).to(dtype)
         dq.append(ds @ k[:, seen])
@@ -104,10 +106,10 @@ def _gradients(
     return torch.cat(dq, 1).view(shape), dk.to(dtype).view(shape), dv.to(dtype).view(shape)
 
 
-def _blocks(length: int) -> list[tuple[slice, slice]]:
+def _blocks(length: int, block: int) -> list[tuple[slice, slice]]:
     """Queries and the keys that they see, in order."""
-    stops = [min(start + BLOCK, length) for start in range(0, length, BLOCK)]
-    return [(slice(start, stop), slice(0, stop)) for start, stop in zip(range(0, length, BLOCK), stops, strict=True)]
+    ends = ((start, min(start + block, length)) for start in range(0, length, block))
+    return [(slice(start, stop), slice(0, stop)) for start, stop in ends]
 
 
 def _with_two(x: Tensor, addend: Tensor) -> Tensor:
