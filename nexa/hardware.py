@@ -171,20 +171,24 @@ def keep_freed_memory() -> bool:
 def _ask_for_large_pages() -> None:
     """Grow the heap by as many addresses as there is memory, and advise the kernel to use large pages for them.
 
-    Addresses cost nothing until they are used, unless the kernel counts promises (overcommit mode 2). One request for
-    all, because a heap that grows later would grow without the advice.
+    Addresses cost nothing until they are used, unless the kernel counts promises (overcommit mode 2) or glibc fills
+    what it gives out, to find faults. One request for all: a heap that grows later would grow without the advice.
     """
     import ctypes
 
     import psutil
 
-    counts_promises = Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2"
+    mode = Path("/proc/sys/vm/overcommit_memory")
+    counts_promises = not mode.exists() or mode.read_text(encoding="ascii").strip() == "2"
+    fills = "MALLOC_PERTURB_" in os.environ or "malloc.perturb" in os.environ.get("GLIBC_TUNABLES", "")
+    if counts_promises or fills:
+        return
     page, size, madv_hugepage = os.sysconf("SC_PAGE_SIZE"), psutil.virtual_memory().available, 14  # <sys/mman.h>
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    block = None if counts_promises else libc.malloc(size)
+    block = libc.malloc(size)
     if block is None:  # a limit on addresses: small pages do as well
         return
     start = -(-block // page) * page

@@ -113,3 +113,5 @@ def test_what_is_allocated_then_asks_for_large_pages():
         pytest.skip("the kernel counts promises of memory")
     done = run_command("-c", LARGE)
     assert "hg" in done.stdout.split(), done.stdout + done.stderr
+    done = run_command("-c", LARGE, MALLOC_PERTURB_="165")
+    assert "VmFlags:" in done.stdout and "hg" not in done.stdout.split(), "glibc would fill all of the memory"
